@@ -1,0 +1,77 @@
+"""What is derived from parameters (packed weights, folded BatchNorms) is kept here between calls.
+
+An entry is valid as long as every tensor it came from is the same memory at the same version:
+in-place updates and ``load_state_dict`` raise the version, ``.to`` and assignment change the
+memory. Like autograd, the cache cannot see a write through ``tensor.data`` or a NumPy view; after
+one, call :func:`clear_cache`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+__all__ = ["cached", "clear_cache"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    # A weak reference keeps a freed storage's identity from being taken for a new one's.
+    storages: tuple[StorageWeakRef, ...]
+    versions: tuple[int, ...]
+    value: Any
+
+    def expired(self) -> bool:
+        return any(storage.expired() for storage in self.storages)
+
+
+_SWEEP_EVERY = 256  # insertions; bounds how long the values of deleted models stay
+
+_entries: dict[Hashable, _Entry] = {}
+_insertions = 0
+_lock = threading.Lock()
+
+
+def cached(kind: Hashable, tensors: tuple[Tensor, ...], build: Callable[[], Any]) -> Any:
+    """``build()``, kept until one of ``tensors`` changes.
+
+    Args:
+        kind: what is built; part of the key.
+        tensors: everything that ``build`` reads.
+        build: computes the value; called again after a change.
+    """
+    if any(tensor.is_inference() for tensor in tensors):
+        return build()  # inference tensors count no versions, so nothing tells of a change
+    key = (
+        kind,
+        *[(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors],
+    )
+    versions = tuple([tensor._version for tensor in tensors])
+    entry = _entries.get(key)
+    if entry is not None and entry.versions == versions and not entry.expired():
+        return entry.value
+    value = build()
+    storages = tuple(StorageWeakRef(tensor.untyped_storage()) for tensor in tensors)
+    _insert(key, _Entry(storages, versions, value))
+    return value
+
+
+def _insert(key: Hashable, entry: _Entry) -> None:
+    global _insertions
+    with _lock:
+        _entries[key] = entry
+        _insertions += 1
+        if _insertions % _SWEEP_EVERY == 0:
+            for stale in [key for key, entry in _entries.items() if entry.expired()]:
+                del _entries[stale]
+
+
+def clear_cache() -> None:
+    """Forget every packed weight and folded BatchNorm."""
+    with _lock:
+        _entries.clear()

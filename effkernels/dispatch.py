@@ -1,0 +1,272 @@
+"""The one rule that decides which implementation of an op runs.
+
+Every op ``effkernels::<op>`` is one PyTorch dispatcher op. Its kernel, registered here for every
+device, asks :func:`select` for the first backend that can run the call and hands the tensors to
+it. The choice is made when the op executes, so a compiled or exported graph is free of it.
+
+Backends
+--------
+``reference``
+    Plain PyTorch, the definition of correct. Always available.
+``native``
+    Compiled C++ on the CPU (portable, AVX2+FMA, AVX-512F, NEON).
+``triton``
+    Triton kernels on NVIDIA GPUs.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Backend", "BackendUnavailable", "backends", "use_backend"]
+
+logger = logging.getLogger("effkernels")
+
+BACKENDS = ("native", "triton", "reference")
+CHOICES = (*BACKENDS, "auto")
+
+# Measured order per device type; the first backend that can run a call runs it. CPU: the native
+# kernels beat the reference on every layer of EfficientNet-B0 (see the README's table).
+AUTO_ORDER = {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")}
+DEFAULT_ORDER = ("reference",)
+
+_choice: ContextVar[str | None] = ContextVar("effkernels_backend", default=None)
+_logged: set[tuple[str, str, str]] = set()
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend was asked for by name and cannot run; the message says why."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Whether a backend can be used in this process, and why (not)."""
+
+    available: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One backend's version of an op.
+
+    ``can_run`` takes the op's arguments and returns None, or the reason why it cannot run them.
+    ``run`` takes the same arguments and returns the op's outputs.
+    """
+
+    can_run: Callable[..., str | None]
+    run: Callable[..., Any]
+
+
+@dataclass
+class Operator:
+    """An op's whole declaration: schema, shape rule, reference, gradient and implementations."""
+
+    name: str
+    overload: torch._ops.OpOverload
+    implementations: dict[str, Implementation] = field(default_factory=dict)
+
+
+operators: dict[str, Operator] = {}
+_library = torch.library.Library("effkernels", "DEF")
+
+
+def _check_choice(choice: str, source: str) -> str:
+    if choice not in CHOICES:
+        accepted = ", ".join(repr(name) for name in CHOICES)
+        raise ValueError(f"{source}: unknown backend {choice!r}; accepted are {accepted}")
+    return choice
+
+
+def requested() -> str:
+    """The backend asked for by `use_backend`, else by EFFKERNELS_BACKEND, else ``"auto"``."""
+    choice = _choice.get()
+    if choice is not None:
+        return choice
+    environment = os.environ.get("EFFKERNELS_BACKEND")
+    return _check_choice(environment, "EFFKERNELS_BACKEND") if environment else "auto"
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every op inside the ``with`` block on one backend.
+
+    Args:
+        name: ``"native"``, ``"triton"``, ``"reference"`` or ``"auto"`` (the default rule).
+
+    Raises:
+        ValueError: for another name.
+        BackendUnavailable: from an op inside the block that this backend cannot run.
+    """
+    token = _choice.set(_check_choice(name, "use_backend"))
+    try:
+        yield
+    finally:
+        _choice.reset(token)
+
+
+def _triton_status() -> Backend:
+    return Backend(False, "this version of effkernels has no Triton kernels")
+
+
+def _native_status() -> Backend:
+    from . import native
+
+    error = native.load_error()
+    if error is not None:
+        return Backend(False, error)
+    return Backend(True, f"CPU kernels loaded, instruction set {native.cpu_isa()}")
+
+
+def backends() -> dict[str, Backend]:
+    """Every backend with whether it can be used in this process and the reason."""
+    return {
+        "native": _native_status(),
+        "triton": _triton_status(),
+        "reference": Backend(True, "plain PyTorch"),
+    }
+
+
+def select(operator: Operator, arguments: tuple[Any, ...]) -> Implementation:
+    """The implementation that runs this call.
+
+    Raises:
+        BackendUnavailable: if a backend was asked for by name and cannot run the call.
+    """
+    choice = requested()
+    if choice != "auto":
+        reason = _why_not(operator, choice, arguments)
+        if reason is not None:
+            raise BackendUnavailable(f"{operator.name}: backend {choice!r} cannot run: {reason}")
+        return operator.implementations[choice]
+    device_type = arguments[0].device.type
+    for name in AUTO_ORDER.get(device_type, DEFAULT_ORDER):
+        reason = _why_not(operator, name, arguments)
+        if reason is None:
+            return operator.implementations[name]
+        _log_once(operator.name, name, reason)
+    raise AssertionError("the reference backend runs every call")
+
+
+def _why_not(operator: Operator, backend: str, arguments: tuple[Any, ...]) -> str | None:
+    implementation = operator.implementations.get(backend)
+    if implementation is None:
+        return _triton_status().reason if backend == "triton" else f"no {backend} implementation"
+    return implementation.can_run(*arguments)
+
+
+def _log_once(op: str, backend: str, reason: str) -> None:
+    key = (op, backend, reason)
+    if key not in _logged:
+        _logged.add(key)
+        logger.info("%s: skipping backend %s: %s", op, backend, reason)
+
+
+def define(
+    name: str,
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    native: Implementation,
+    backward: Callable[..., Any] | None = None,
+) -> torch._ops.OpOverload:
+    """Declare ``effkernels::<name>`` and return its overload.
+
+    Args:
+        name: the op's one name.
+        schema: argument and result types in PyTorch's schema language; no defaults.
+        reference: the op in plain, differentiable PyTorch.
+        fake: the shape rule, called with fake tensors.
+        native: the compiled implementation.
+        backward: the gradient formula ``(arguments, needed, outputs, gradients) -> tuple``, or
+            None to differentiate ``reference`` (recomputing it in the backward pass).
+    """
+    _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    overload = getattr(torch.ops.effkernels, name).default
+    operator = Operator(name, overload)
+    operator.implementations["reference"] = Implementation(lambda *_: None, reference)
+    operator.implementations["native"] = native
+    operators[name] = operator
+
+    def kernel(*arguments: Any) -> Any:
+        return select(operator, arguments).run(*arguments)
+
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"effkernels::{name}", fake, lib=_library)
+    torch.library.register_autograd(
+        f"effkernels::{name}",
+        _make_backward(reference, backward),
+        setup_context=_setup_context,
+        lib=_library,
+    )
+    return overload
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    tensors = [value for value in inputs if isinstance(value, Tensor)]
+    ctx.save_for_backward(*tensors)
+    ctx.constants = [None if isinstance(value, Tensor) else (value,) for value in inputs]
+    ctx.set_materialize_grads(False)
+
+
+def _make_backward(reference: Callable[..., Any], formula: Callable[..., Any] | None) -> Any:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        saved = iter(ctx.saved_tensors)
+        arguments = [next(saved) if constant is None else constant[0] for constant in ctx.constants]
+        needed = list(ctx.needs_input_grad)
+        if formula is not None:
+            result = formula(arguments, needed, gradients)
+            if result is not NotImplemented:
+                return result
+        return _differentiate(reference, arguments, needed, gradients)
+
+    return backward
+
+
+def _differentiate(
+    reference: Callable[..., Any],
+    arguments: list[Any],
+    needed: list[bool],
+    gradients: tuple[Tensor | None, ...],
+) -> tuple[Any, ...]:
+    """Gradients of ``reference`` at ``arguments``, by running it again under autograd."""
+    create_graph = torch.is_grad_enabled()  # a double backward is being recorded
+    with torch.enable_grad():
+        inputs = list(arguments)
+        for index, need in enumerate(needed):
+            if need:
+                tensor = inputs[index]
+                # A view keeps the graph for a double backward; a leaf is cheaper without one.
+                inputs[index] = (
+                    tensor.view_as(tensor) if create_graph else tensor.detach().requires_grad_()
+                )
+        outputs = reference(*inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        pairs = [
+            (output, gradient)
+            for output, gradient in zip(outputs, gradients, strict=True)
+            if gradient is not None and output.requires_grad
+        ]
+        wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
+        if not pairs or not wanted:
+            return (None,) * len(arguments)
+        results = iter(
+            torch.autograd.grad(
+                [output for output, _ in pairs],
+                wanted,
+                [gradient for _, gradient in pairs],
+                allow_unused=True,
+                create_graph=create_graph,
+            )
+        )
+    return tuple(next(results) if need else None for need in needed)
