@@ -100,7 +100,10 @@ def check_shape(op: str, argument: str, value: Tensor, shape: tuple[int, ...]) -
 
 def pair(op: str, argument: str, value: Any) -> list[int]:
     """``value`` as [vertical, horizontal] positive integers."""
-    values = [value, value] if isinstance(value, int) else list(value)
+    if isinstance(value, Sequence):
+        values = list(value)
+    else:
+        values = [value, value]
     if len(values) != 2 or any(not isinstance(v, int) or v < 1 for v in values):
         raise ValueError(
             f"{op}: {argument} is {value!r}, a positive integer or a pair of them is accepted"
@@ -140,7 +143,7 @@ def resolve_padding(
         sides = [padding[1], padding[1], padding[0], padding[0]]
     else:
         sides = list(padding)
-    if len(sides) != 4 or any(side < 0 for side in sides):
+    if len(sides) != 4 or any(not isinstance(s, (int, torch.SymInt)) or s < 0 for s in sides):
         raise ValueError(
             f"{op}: padding is {padding!r}; accepted are 'symmetric', 'same', a non-negative "
             "integer, a (vertical, horizontal) pair or (left, right, top, bottom)"
