@@ -32,10 +32,11 @@ class ConvNorm(NamedTuple):
     """A convolution with the BatchNorm and the activation that follow it.
 
     ``same``: (kernel size, stride) to pad by as TensorFlow's SAME before ``conv``, which then has
-    no padding of its own; None: ``conv`` pads.
+    no padding of its own; None: ``conv`` pads. Types are those that a block is built with; what
+    users put in their place is asked for its class before anything else.
     """
 
-    conv: nn.Module
+    conv: nn.Conv2d
     norm: nn.Module
     activation: nn.Module
     same: tuple[int, int] | None = None
@@ -73,7 +74,7 @@ def activation_name(module: nn.Module) -> str | None:
     return name if name is not None and is_untouched(module) else None
 
 
-def convolution_kind(conv: nn.Module) -> str | None:
+def convolution_kind(conv: nn.Conv2d) -> str | None:
     """Which op computes ``conv``: pointwise, depthwise or dense; None: call the module."""
     if type(conv) is not nn.Conv2d or not is_untouched(conv) or conv.padding_mode != "zeros":
         return None
@@ -127,7 +128,7 @@ def _may_cache(tensors: tuple[Tensor, ...]) -> bool:
         # Fake, distributed and other subclasses have no memory to recognise them by.
         if type(tensor) is not nn.Parameter and type(tensor) is not Tensor:
             return False
-    return not torch.is_grad_enabled() or not any([tensor.requires_grad for tensor in tensors])
+    return not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors)
 
 
 def fold(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
@@ -138,6 +139,7 @@ def fold(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor | None, Tensor | None
     offset = conv._parameters["bias"]
     if type(norm) is nn.Identity:
         return None, offset
+    assert isinstance(norm, nn.BatchNorm2d)
     parameters, buffers = norm._parameters, norm._buffers  # a third of getattr's time
     weight, bias = parameters["weight"], parameters["bias"]
     mean, var = buffers["running_mean"], buffers["running_var"]
@@ -203,7 +205,6 @@ def conv_norm_act(
     name = activation_name(stage.activation)
     if kind is None or name is None or not is_plain_norm(norm) or has_global_hooks():
         return _call_modules(input, stage, residual, return_mean)
-    assert isinstance(conv, nn.Conv2d)
     dtype = autocast_dtype(input)
     if dtype is not None:
         input = input.to(dtype)
@@ -236,6 +237,8 @@ def _convolve(
 ) -> tuple[Tensor, Tensor]:
     """(output, its spatial mean; the mean only means something with ``return_mean``)."""
     conv = stage.conv
+    stride = (conv.stride[0], conv.stride[1])
+    dilation = (conv.dilation[0], conv.dilation[1])
     padding = conv.padding if stage.same is None else "same"
     if kind == "pointwise":
         result = ops.pointwise_conv(
@@ -246,9 +249,9 @@ def _convolve(
             input,
             weight,
             bias,
-            conv.stride,
+            stride,
             padding,
-            conv.dilation,
+            dilation,
             activation,
             return_mean,
             scale=scale,
@@ -258,9 +261,9 @@ def _convolve(
             input,
             weight,
             bias,
-            conv.stride,
+            stride,
             padding,
-            conv.dilation,
+            dilation,
             residual,
             activation,
             scale=scale,
@@ -276,7 +279,7 @@ def _call_modules(
         kernel, stride = ([value, value] for value in stage.same)
         sides = resolve_padding("padding", "same", input.shape[2:], kernel, stride, [1, 1])
         input = F.pad(input, sides)
-    output = stage.norm(stage.conv(input))
+    output: Tensor = stage.norm(stage.conv(input))
     if residual is not None:
         output = output + residual
     output = stage.activation(output)

@@ -19,9 +19,10 @@ from .fused import (
     fold,
     has_global_hooks,
     is_plain_norm,
+    is_untouched,
     uses_batch_statistics,
 )
-from .squeeze_excite import SqueezeExcite, fused_squeeze_excite, squeeze_excite_is_untouched
+from .squeeze_excite import NO_SQUEEZE_EXCITE, SqueezeExcite, fused_squeeze_excite
 
 __all__ = ["DepthwiseSeparableConv", "MBConv", "drop_path"]
 
@@ -232,13 +233,12 @@ def _whole_block(
             return None
         expand_weight = cast_weight(expand.conv.weight, dtype)
         expand_scale, expand_bias = fold(expand.conv, expand.norm)
-    se_weights: tuple[Tensor | None, ...] = (None, None, None, None)
-    se_activation, gate_activation = "none", "sigmoid"
-    if type(se) is not nn.Identity or se._forward_hooks or se._forward_pre_hooks:
-        fused = fused_squeeze_excite(se, dtype) if squeeze_excite_is_untouched(se) else None
+    squeeze = NO_SQUEEZE_EXCITE
+    if type(se) is not nn.Identity or not is_untouched(se):
+        fused = fused_squeeze_excite(se, dtype)
         if fused is None:
             return None
-        *se_weights, se_activation, gate_activation = fused
+        squeeze = fused
     depthwise_scale, depthwise_bias = fold(depthwise.conv, depthwise.norm)
     project_scale, project_bias = fold(project.conv, project.norm)
     conv = depthwise.conv
@@ -252,17 +252,20 @@ def _whole_block(
             expand_bias,
             depthwise_scale,
             depthwise_bias,
-            *se_weights,
+            squeeze.reduce_weight,
+            squeeze.reduce_bias,
+            squeeze.expand_weight,
+            squeeze.expand_bias,
             project_scale,
             project_bias,
         ),
         ops.MBConvGeometry(
-            conv.stride,
+            (conv.stride[0], conv.stride[1]),
             conv.padding if depthwise.same is None else "same",
-            conv.dilation,
+            (conv.dilation[0], conv.dilation[1]),
             residual,
             activation,
-            se_activation,
-            gate_activation,
+            squeeze.activation,
+            squeeze.gate_activation,
         ),
     )

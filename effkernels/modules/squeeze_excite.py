@@ -55,29 +55,45 @@ class SqueezeExcite(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, H, W]."""
-        fused = fused_squeeze_excite(self, autocast_dtype(input))
-        if fused is None or has_global_hooks():
+        dtype = autocast_dtype(input)
+        fused = None if has_global_hooks() else _fused_children(self, dtype)
+        if fused is None:
             mean = input.mean((2, 3), keepdim=True)
             return input * self.gate(self.conv_expand(self.act1(self.conv_reduce(mean))))
-        dtype = autocast_dtype(input)
-        return ops.squeeze_excite(input if dtype is None else input.to(dtype), *fused)
+        assert fused.reduce_weight is not None and fused.expand_weight is not None
+        return ops.squeeze_excite(
+            input if dtype is None else input.to(dtype),
+            fused.reduce_weight,
+            fused.reduce_bias,
+            fused.expand_weight,
+            fused.expand_bias,
+            fused.activation,
+            fused.gate_activation,
+        )
 
 
 class FusedSqueezeExcite(NamedTuple):
-    """Arguments of ``ops.squeeze_excite`` after the input."""
+    """What the ops need of a module."""
 
-    reduce_weight: Tensor
+    reduce_weight: Tensor | None
     reduce_bias: Tensor | None
-    expand_weight: Tensor
+    expand_weight: Tensor | None
     expand_bias: Tensor | None
     activation: str
     gate_activation: str
 
 
-def fused_squeeze_excite(
-    module: SqueezeExcite, dtype: torch.dtype | None
-) -> FusedSqueezeExcite | None:
-    """What the ops need of ``module``, weights in ``dtype``; None: its children must be called."""
+NO_SQUEEZE_EXCITE = FusedSqueezeExcite(None, None, None, None, "none", "sigmoid")
+
+
+def fused_squeeze_excite(module: nn.Module, dtype: torch.dtype | None) -> FusedSqueezeExcite | None:
+    """``module`` for the ops, weights in ``dtype``; None: it or its children must be called."""
+    if type(module) is not SqueezeExcite or not is_untouched(module):
+        return None
+    return _fused_children(module, dtype)
+
+
+def _fused_children(module: SqueezeExcite, dtype: torch.dtype | None) -> FusedSqueezeExcite | None:
     reduce, expand = module.conv_reduce, module.conv_expand
     activation, gate = activation_name(module.act1), activation_name(module.gate)
     if activation is None or gate is None:
@@ -92,8 +108,3 @@ def fused_squeeze_excite(
         activation,
         gate,
     )
-
-
-def squeeze_excite_is_untouched(module: nn.Module) -> bool:
-    """``module`` is this library's own and nothing was attached to it."""
-    return type(module) is SqueezeExcite and is_untouched(module)
