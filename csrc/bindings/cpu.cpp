@@ -1,0 +1,310 @@
+// effkernels_cpu::<op>: the CPU kernels as PyTorch ops, through the stable ABI.
+//
+// effkernels/native.py is the only caller: it has checked shapes, made every tensor dense (NHWC
+// for images), packed the weights and allocated the outputs.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "batch_norm_act/batch_norm_act.h"
+#include "common/isa_select.h"
+#include "conv/conv.h"
+#include "depthwise_conv/depthwise_conv.h"
+#include "depthwise_separable_conv/depthwise_separable_conv.h"
+#include "mbconv/mbconv.h"
+#include "pointwise_conv/pointwise_conv.h"
+#include "silu/silu.h"
+#include "squeeze_excite/squeeze_excite.h"
+
+namespace effkernels {
+namespace {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+Parallel torch_threads() {
+  return {static_cast<int64_t>(torch::stable::get_num_threads()),
+          [](int64_t tasks, void (*body)(void*, int64_t, int64_t), void* context) {
+            torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+              body(context, begin, end);
+            });
+          }};
+}
+
+DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case torch::headeronly::ScalarType::Float:
+      return DType::f32;
+    case torch::headeronly::ScalarType::BFloat16:
+      return DType::bf16;
+    default:
+      STD_TORCH_CHECK(false, "effkernels_cpu: float32 and bfloat16 are accepted");
+  }
+}
+
+const float* floats(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
+const float* floats(const OptionalTensor& tensor) { return tensor ? floats(*tensor) : nullptr; }
+const void* data(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
+
+Images images_of(const Tensor& tensor) {  // [N, C, H, W] by shape
+  return {tensor.size(0), tensor.size(2), tensor.size(3), tensor.size(1)};
+}
+
+Geometry geometry_of(const std::vector<int64_t>& g) {  // effkernels/native.py _geometry
+  STD_TORCH_CHECK(g.size() == 8, "effkernels_cpu: a geometry has 8 numbers");
+  return {g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7]};
+}
+
+Activation activation_of(int64_t code) {
+  STD_TORCH_CHECK(code >= 0 && code < kActivations, "effkernels_cpu: unknown activation");
+  return static_cast<Activation>(code);
+}
+
+Epilogue epilogue_of(const OptionalTensor& scale, const OptionalTensor& bias, int64_t activation,
+                     const OptionalTensor& residual = std::nullopt) {
+  return {floats(scale), floats(bias), data(residual), activation_of(activation)};
+}
+
+SqueezeExciteWeights gate_of(const Tensor& reduce_weight, const OptionalTensor& reduce_bias,
+                             const Tensor& expand_weight, const OptionalTensor& expand_bias,
+                             int64_t activation, int64_t gate_activation) {
+  return {reduce_weight.size(1),  reduce_weight.size(0),
+          floats(reduce_weight),  floats(reduce_bias),
+          floats(expand_weight),  floats(expand_bias),
+          activation_of(activation), activation_of(gate_activation)};
+}
+
+void depthwise_conv(Tensor output, OptionalTensor mean, Tensor input, Tensor weight,
+                    OptionalTensor scale, OptionalTensor bias, std::vector<int64_t> geometry,
+                    int64_t activation) {
+  DepthwiseConvArgs args{};
+  args.dtype = dtype_of(input);
+  args.output = output.mutable_data_ptr();
+  args.mean = mean ? mean->mutable_data_ptr() : nullptr;
+  args.input = input.const_data_ptr();
+  args.in = images_of(input);
+  args.out_height = output.size(2);
+  args.out_width = output.size(3);
+  args.weight = floats(weight);
+  args.geometry = geometry_of(geometry);
+  args.epilogue = epilogue_of(scale, bias, activation);
+  args.parallel = torch_threads();
+  depthwise_conv_cpu(args);
+}
+
+void pointwise_conv(Tensor output, OptionalTensor mean, Tensor input, Tensor weight,
+                    OptionalTensor scale, OptionalTensor bias, OptionalTensor gate,
+                    OptionalTensor residual, int64_t activation) {
+  PointwiseConvArgs args{};
+  args.dtype = dtype_of(input);
+  args.output = output.mutable_data_ptr();
+  args.mean = mean ? mean->mutable_data_ptr() : nullptr;
+  args.input = input.const_data_ptr();
+  args.in = images_of(input);
+  args.out_channels = output.size(1);
+  args.weight = floats(weight);
+  args.gate = floats(gate);
+  args.epilogue = epilogue_of(scale, bias, activation, residual);
+  args.parallel = torch_threads();
+  pointwise_conv_cpu(args);
+}
+
+void conv(Tensor output, Tensor input, Tensor weight, OptionalTensor scale, OptionalTensor bias,
+          std::vector<int64_t> geometry, OptionalTensor residual, int64_t activation) {
+  ConvArgs args{};
+  args.dtype = dtype_of(input);
+  args.output = output.mutable_data_ptr();
+  args.input = input.const_data_ptr();
+  args.in = images_of(input);
+  args.out_height = output.size(2);
+  args.out_width = output.size(3);
+  args.out_channels = output.size(1);
+  args.weight = floats(weight);
+  args.geometry = geometry_of(geometry);
+  args.epilogue = epilogue_of(scale, bias, activation, residual);
+  args.parallel = torch_threads();
+  conv_cpu(args);
+}
+
+void squeeze_excite(Tensor output, Tensor input, Tensor reduce_weight, OptionalTensor reduce_bias,
+                    Tensor expand_weight, OptionalTensor expand_bias, int64_t activation,
+                    int64_t gate_activation) {
+  SqueezeExciteArgs args{};
+  args.dtype = dtype_of(input);
+  args.output = output.mutable_data_ptr();
+  args.input = input.const_data_ptr();
+  args.in = images_of(input);
+  args.weights = gate_of(reduce_weight, reduce_bias, expand_weight, expand_bias, activation,
+                         gate_activation);
+  args.parallel = torch_threads();
+  squeeze_excite_cpu(args);
+}
+
+void squeeze_excite_gate(Tensor gate, Tensor mean, Tensor reduce_weight, OptionalTensor reduce_bias,
+                         Tensor expand_weight, OptionalTensor expand_bias, int64_t activation,
+                         int64_t gate_activation) {
+  SqueezeExciteGateArgs args{};
+  args.gate = static_cast<float*>(gate.mutable_data_ptr());
+  args.mean = floats(mean);
+  args.count = mean.size(0);
+  args.weights = gate_of(reduce_weight, reduce_bias, expand_weight, expand_bias, activation,
+                         gate_activation);
+  args.parallel = torch_threads();
+  squeeze_excite_gate_cpu(args);
+}
+
+void silu(Tensor output, Tensor input, int64_t activation) {
+  SiluArgs args{};
+  args.dtype = dtype_of(input);
+  args.output = output.mutable_data_ptr();
+  args.input = input.const_data_ptr();
+  args.size = input.numel();
+  args.activation = activation_of(activation);
+  args.parallel = torch_threads();
+  silu_cpu(args);
+}
+
+void batch_norm_act(Tensor output, Tensor mean, Tensor var, Tensor input, OptionalTensor weight,
+                    OptionalTensor bias, OptionalTensor residual, bool training, double eps,
+                    int64_t activation) {
+  BatchNormActArgs args{};
+  args.dtype = dtype_of(input);
+  args.output = output.mutable_data_ptr();
+  args.mean = static_cast<float*>(mean.mutable_data_ptr());
+  args.var = static_cast<float*>(var.mutable_data_ptr());
+  args.input = input.const_data_ptr();
+  args.in = images_of(input);
+  args.weight = floats(weight);
+  args.bias = floats(bias);
+  args.residual = data(residual);
+  args.training = training;
+  args.eps = eps;
+  args.activation = activation_of(activation);
+  args.parallel = torch_threads();
+  batch_norm_act_cpu(args);
+}
+
+// What depthwise_separable_conv and mbconv share.
+MBConvArgs block_of(const Tensor& output, const Tensor& input, const Tensor& project_weight,
+                    const std::vector<int64_t>& geometry) {
+  MBConvArgs args{};
+  args.dtype = dtype_of(input);
+  args.output = output.mutable_data_ptr();
+  args.input = input.const_data_ptr();
+  args.in = images_of(input);
+  args.expanded = project_weight.size(1);  // panels are [K / 16, depth, 16]
+  args.geometry = geometry_of(geometry);
+  args.project_weight = floats(project_weight);
+  args.out_height = output.size(2);
+  args.out_width = output.size(3);
+  args.out_channels = output.size(1);
+  args.parallel = torch_threads();
+  return args;
+}
+
+void depthwise_separable_conv(Tensor output, Tensor input, Tensor depthwise_weight,
+                              OptionalTensor depthwise_scale, OptionalTensor depthwise_bias,
+                              Tensor pointwise_weight, OptionalTensor pointwise_scale,
+                              OptionalTensor pointwise_bias, std::vector<int64_t> geometry,
+                              OptionalTensor residual, int64_t depthwise_activation,
+                              int64_t activation) {
+  MBConvArgs args = block_of(output, input, pointwise_weight, geometry);
+  args.depthwise_weight = floats(depthwise_weight);
+  args.depthwise = epilogue_of(depthwise_scale, depthwise_bias, depthwise_activation);
+  args.project = epilogue_of(pointwise_scale, pointwise_bias, activation, residual);
+  depthwise_separable_conv_cpu(args);
+}
+
+void mbconv(Tensor output, Tensor input, OptionalTensor expand_weight, OptionalTensor expand_scale,
+            OptionalTensor expand_bias, Tensor depthwise_weight, OptionalTensor depthwise_scale,
+            OptionalTensor depthwise_bias, OptionalTensor se_reduce_weight,
+            OptionalTensor se_reduce_bias, OptionalTensor se_expand_weight,
+            OptionalTensor se_expand_bias, Tensor project_weight, OptionalTensor project_scale,
+            OptionalTensor project_bias, std::vector<int64_t> geometry, bool residual,
+            std::vector<int64_t> activations) {
+  STD_TORCH_CHECK(activations.size() == 4, "effkernels_cpu: mbconv has 4 activations");
+  MBConvArgs args = block_of(output, input, project_weight, geometry);
+  args.expand_weight = floats(expand_weight);
+  args.expand = epilogue_of(expand_scale, expand_bias, activations[0]);
+  args.depthwise_weight = floats(depthwise_weight);
+  args.depthwise = epilogue_of(depthwise_scale, depthwise_bias, activations[0]);
+  args.squeeze_excite = se_reduce_weight.has_value();
+  if (args.squeeze_excite) {
+    args.gate = gate_of(*se_reduce_weight, se_reduce_bias, *se_expand_weight, se_expand_bias,
+                        activations[1], activations[2]);
+  }
+  args.project = epilogue_of(project_scale, project_bias, activations[3]);
+  if (residual) args.project.residual = input.const_data_ptr();
+  mbconv_cpu(args);
+}
+
+std::string isas() { return isa_names(); }
+std::string isa() { return isa_name(); }
+void set_isa(std::string name) {
+  STD_TORCH_CHECK(choose_isa(name), "effkernels_cpu: no instruction set ", name, " here");
+}
+
+}  // namespace
+}  // namespace effkernels
+
+STABLE_TORCH_LIBRARY(effkernels_cpu, m) {
+  m.def("isas() -> str");
+  m.def("isa() -> str");
+  m.def("set_isa(str name) -> ()");
+  m.def(
+      "depthwise_conv(Tensor(a!) output, Tensor(b!)? mean, Tensor input, Tensor weight, "
+      "Tensor? scale, Tensor? bias, int[] geometry, int activation) -> ()");
+  m.def(
+      "pointwise_conv(Tensor(a!) output, Tensor(b!)? mean, Tensor input, Tensor weight, "
+      "Tensor? scale, Tensor? bias, Tensor? gate, Tensor? residual, int activation) -> ()");
+  m.def(
+      "conv(Tensor(a!) output, Tensor input, Tensor weight, Tensor? scale, Tensor? bias, "
+      "int[] geometry, Tensor? residual, int activation) -> ()");
+  m.def(
+      "squeeze_excite(Tensor(a!) output, Tensor input, Tensor reduce_weight, Tensor? reduce_bias, "
+      "Tensor expand_weight, Tensor? expand_bias, int activation, int gate_activation) -> ()");
+  m.def(
+      "squeeze_excite_gate(Tensor(a!) gate, Tensor mean, Tensor reduce_weight, "
+      "Tensor? reduce_bias, Tensor expand_weight, Tensor? expand_bias, int activation, "
+      "int gate_activation) -> ()");
+  m.def("silu(Tensor(a!) output, Tensor input, int activation) -> ()");
+  m.def(
+      "batch_norm_act(Tensor(a!) output, Tensor(b!) mean, Tensor(c!) var, Tensor input, "
+      "Tensor? weight, Tensor? bias, Tensor? residual, bool training, float eps, "
+      "int activation) -> ()");
+  m.def(
+      "depthwise_separable_conv(Tensor(a!) output, Tensor input, Tensor depthwise_weight, "
+      "Tensor? depthwise_scale, Tensor? depthwise_bias, Tensor pointwise_weight, "
+      "Tensor? pointwise_scale, Tensor? pointwise_bias, int[] geometry, Tensor? residual, "
+      "int depthwise_activation, int activation) -> ()");
+  m.def(
+      "mbconv(Tensor(a!) output, Tensor input, Tensor? expand_weight, Tensor? expand_scale, "
+      "Tensor? expand_bias, Tensor depthwise_weight, Tensor? depthwise_scale, "
+      "Tensor? depthwise_bias, Tensor? se_reduce_weight, Tensor? se_reduce_bias, "
+      "Tensor? se_expand_weight, Tensor? se_expand_bias, Tensor project_weight, "
+      "Tensor? project_scale, Tensor? project_bias, int[] geometry, bool residual, "
+      "int[] activations) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(effkernels_cpu, CPU, m) {
+  m.impl("depthwise_conv", TORCH_BOX(&effkernels::depthwise_conv));
+  m.impl("pointwise_conv", TORCH_BOX(&effkernels::pointwise_conv));
+  m.impl("conv", TORCH_BOX(&effkernels::conv));
+  m.impl("squeeze_excite", TORCH_BOX(&effkernels::squeeze_excite));
+  m.impl("squeeze_excite_gate", TORCH_BOX(&effkernels::squeeze_excite_gate));
+  m.impl("silu", TORCH_BOX(&effkernels::silu));
+  m.impl("batch_norm_act", TORCH_BOX(&effkernels::batch_norm_act));
+  m.impl("depthwise_separable_conv", TORCH_BOX(&effkernels::depthwise_separable_conv));
+  m.impl("mbconv", TORCH_BOX(&effkernels::mbconv));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(effkernels_cpu, CompositeExplicitAutograd, m) {
+  m.impl("isas", TORCH_BOX(&effkernels::isas));
+  m.impl("isa", TORCH_BOX(&effkernels::isa));
+  m.impl("set_isa", TORCH_BOX(&effkernels::set_isa));
+}

@@ -1,0 +1,214 @@
+// Matrix product over the channels of pixels, the one micro-kernel of every dense convolution.
+//
+// C[m, k] = epilogue(sum over c of A[m, c] * W[k, c]): m a pixel, c a value of its input row
+// (a channel, or a channel of a tap), k an output channel. A row is dense float32, which is how
+// NHWC pixels lie in memory, so A is read where it is: only gated, bf16 and windowed inputs are
+// first written to rows of scratch. W is packed in panels of 16 output channels (kPanel).
+//
+// Register tile, rows x channels (accumulators + panel registers of the register file):
+//   avx512 14 x 32 (28 + 2 of 32), avx2 6 x 16 (12 + 2 of 16), neon 6 x 16 (24 + 4 of 32),
+//   portable 4 x 16 (left to the compiler).
+// 14 rows divide the 112, 56, 28, 14 pixels of a 224-pixel network's rows. Row counts that the
+// tile does not divide are split evenly (7 = 4 + 3), never 6 + 1: a 1-row tile waits for its two
+// chains of fma.
+//
+// The sums leave the registers through a small tile on the stack: the epilogue then is one
+// function, whatever the tile. A store and a load per vector, against a fma per value of depth.
+#pragma once
+
+#include "common/activation.h"
+#include "common/scratch.h"
+
+namespace effkernels {
+namespace EFFKERNELS_ISA {
+
+#if EFFKERNELS_ISA_ID == EFFKERNELS_ID_avx512
+constexpr int kTileRows = 14;
+constexpr int kTileChannels = 32;
+#elif EFFKERNELS_ISA_ID == EFFKERNELS_ID_portable
+constexpr int kTileRows = 4;
+constexpr int kTileChannels = 16;
+#else
+constexpr int kTileRows = 6;
+constexpr int kTileChannels = 16;
+#endif
+
+// tile[r * kTileChannels + j] = sum over c of a[r * a_stride + c] * panels[...], for kRows rows
+// and kPanels * 16 channels.
+template <int kRows, int kPanels>
+inline void gemm_tile(const float* a, int64_t a_stride, const float* panels, int64_t depth,
+                      float* tile) {
+  constexpr int kPerPanel = kPanel / Vec::size;
+  constexpr int kVecs = kPanels * kPerPanel;
+  Vec sums[kRows][kVecs];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; r++) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kVecs; v++) sums[r][v] = Vec::set1(0.0f);
+  }
+  for (int64_t c = 0; c < depth; c++) {
+    Vec w[kVecs];
+#pragma GCC unroll 16
+    for (int v = 0; v < kVecs; v++) {
+      const float* panel = panels + (v / kPerPanel) * depth * kPanel;
+      w[v] = Vec::load(panel + c * kPanel + (v % kPerPanel) * Vec::size);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; r++) {
+      const Vec x = Vec::set1(a[r * a_stride + c]);
+#pragma GCC unroll 16
+      for (int v = 0; v < kVecs; v++) sums[r][v] = fma(x, w[v], sums[r][v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; r++) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kVecs; v++) {
+      sums[r][v].store(tile + r * kTileChannels + v * Vec::size);
+    }
+  }
+}
+
+using GemmTile = void (*)(const float*, int64_t, const float*, int64_t, float*);
+
+template <int kPanels, int kRows>
+inline GemmTile tile_for(int64_t rows) {
+  if constexpr (kRows == 1) {
+    return gemm_tile<1, kPanels>;
+  } else {
+    return rows == kRows ? gemm_tile<kRows, kPanels> : tile_for<kPanels, kRows - 1>(rows);
+  }
+}
+
+// `rows` rows of A times up to kTileChannels output channels, tile by tile: finish(row, count,
+// tile) is called for each with its raw sums.
+template <class Finish>
+inline void gemm_rows(const float* a, int64_t a_stride, int64_t rows, const float* panels,
+                      int64_t panel_count, int64_t depth, Finish&& finish) {
+  alignas(64) float tile[kTileRows * kTileChannels];
+  const int64_t tiles = ceil_div(rows, kTileRows);
+  const int64_t size = tiles == 0 ? 0 : rows / tiles;
+  const int64_t larger = rows - size * tiles;  // the first `larger` tiles have one row more
+  int64_t row = 0;
+  GemmTile functions[2];
+  if constexpr (kTileChannels == 2 * kPanel) {
+    if (panel_count == 2) {
+      functions[0] = tile_for<2, kTileRows>(size);
+      functions[1] = tile_for<2, kTileRows>(size + (larger > 0));
+    }
+  }
+  if (panel_count == 1) {
+    functions[0] = tile_for<1, kTileRows>(size);
+    functions[1] = tile_for<1, kTileRows>(size + (larger > 0));
+  }
+  for (int64_t t = 0; t < tiles; t++) {
+    const int64_t count = size + (t < larger);
+    functions[t < larger](a + row * a_stride, a_stride, panels, depth, tile);
+    finish(row, count, tile);
+    row += count;
+  }
+}
+
+// A dense convolution as a matrix product. prepare(image, first, rows, buffer) returns the rows
+// [first, first + rows) of an image's A: where they are, or written to `buffer` first.
+struct GemmShape {
+  int64_t images, rows, depth, channels;  // A is [images][rows, depth], C [images][rows, channels]
+  bool buffered;                          // prepare writes to its buffer
+};
+
+// Rows of a chunk: its A (256 KiB) and one panel pair share a core's L2, and a few tiles at least
+// use each panel that was fetched.
+inline int64_t chunk_rows(int64_t depth) {
+  const int64_t rows = 65536 / max_of(depth, 1) / kTileRows * kTileRows;
+  return max_of(4 * kTileRows, min_of(rows, 36 * kTileRows));
+}
+
+// `sums`, if any, is [images][chunks, channels] with chunks = ceil(rows / chunk_rows(depth)):
+// column sums of every chunk's results, which do not depend on the number of threads.
+template <class T, class Prepare>
+inline void gemm(const GemmShape& shape, const float* packed, const Epilogue& epilogue, T* out,
+                 float* sums, const Parallel& parallel, Prepare&& prepare) {
+  const int64_t chunk = chunk_rows(shape.depth);
+  int64_t chunks = ceil_div(shape.rows, chunk);
+  if (chunks == 0 || shape.images == 0 || shape.channels == 0) return;
+  int64_t size = chunk;
+  if (sums == nullptr) {  // free to choose equal chunks, as many for every thread
+    const int64_t all = round_up(shape.images * chunks, parallel.threads);
+    chunks = min_of(ceil_div(all, shape.images), ceil_div(shape.rows, kTileRows));
+    size = round_up(ceil_div(shape.rows, chunks), kTileRows);
+    chunks = ceil_div(shape.rows, size);
+  }
+  // Output channels are split as well where the rows alone do not feed the threads.
+  const int64_t blocks = ceil_div(shape.channels, kTileChannels);
+  const int64_t groups = min_of(blocks, ceil_div(parallel.threads, shape.images * chunks));
+  const int64_t per_group = ceil_div(blocks, groups);
+  const int64_t panels = ceil_div(shape.channels, kPanel);
+  const T* residual = static_cast<const T*>(epilogue.residual);
+  parallel_for(parallel, shape.images * chunks * groups, [&](int64_t begin, int64_t end) {
+    float* buffer = shape.buffered ? scratch(ScratchUse::kPanelRows,
+                                             static_cast<size_t>(size * shape.depth))
+                                   : nullptr;
+    for (int64_t task = begin; task < end; task++) {
+      const int64_t group = task % groups, image = task / groups / chunks;
+      const int64_t index = task / groups % chunks, first = index * size;
+      const int64_t rows = min_of(size, shape.rows - first);
+      const float* a = prepare(image, first, rows, buffer);
+      const int64_t start = (image * shape.rows + first) * shape.channels;
+      float* sum = sums == nullptr ? nullptr : sums + (image * chunks + index) * shape.channels;
+      for (int64_t b = group * per_group; b < min_of(blocks, (group + 1) * per_group); b++) {
+        const int64_t k = b * kTileChannels;
+        const int64_t count = min_of(shape.channels - k, kTileChannels);
+        for (int64_t c = 0; sum != nullptr && c < count; c++) sum[k + c] = 0.0f;
+        gemm_rows(a, shape.depth, rows, packed + k * shape.depth,
+                  min_of(panels - k / kPanel, kTileChannels / kPanel), shape.depth,
+                  [&](int64_t row, int64_t rows_done, const float* tile) {
+                    const int64_t at = start + row * shape.channels + k;
+                    finish_rows<T>(tile, kTileChannels, rows_done, count, epilogue, k,
+                                   residual == nullptr ? nullptr : residual + at, out + at,
+                                   shape.channels, sum == nullptr ? nullptr : sum + k);
+                  });
+      }
+    }
+  });
+}
+
+// Copies `count` values as float32, each times its gate if there is one.
+template <class T>
+inline void convert_row(const T* from, const float* gate, int64_t count, float* to) {
+  int64_t c = 0;
+  for (; c + Vec::size <= count; c += Vec::size) {
+    Vec x = Vec::load(from + c);
+    if (gate != nullptr) x = x * Vec::load(gate + c);
+    x.store(to + c);
+  }
+  if (c < count) {
+    Vec x = load_first(from + c, count - c);
+    if (gate != nullptr) x = x * Vec::load(gate + c, count - c);
+    x.store(to + c, count - c);
+  }
+}
+
+// The product of a 1x1 convolution: input [images][rows, depth] in T, gate [images, depth] or null.
+template <class In, class T>
+inline void pointwise_gemm(const GemmShape& pixels, const In* input, const float* gate,
+                           const float* packed, const Epilogue& epilogue, T* out, float* sums,
+                           const Parallel& parallel) {
+  constexpr bool kConvert = !std::is_same_v<In, float>;
+  GemmShape shape = pixels;
+  shape.buffered = kConvert || gate != nullptr;
+  gemm<T>(shape, packed, epilogue, out, sums, parallel,
+          [&](int64_t image, int64_t first, int64_t rows, float* buffer) -> const float* {
+            const In* from = input + (image * shape.rows + first) * shape.depth;
+            if constexpr (!kConvert) {
+              if (gate == nullptr) return from;
+            }
+            const float* factors = gate == nullptr ? nullptr : gate + image * shape.depth;
+            for (int64_t r = 0; r < rows; r++) {
+              convert_row(from + r * shape.depth, factors, shape.depth, buffer + r * shape.depth);
+            }
+            return buffer;
+          });
+}
+
+}  // namespace EFFKERNELS_ISA
+}  // namespace effkernels

@@ -1,0 +1,141 @@
+// Depthwise sliding windows over rows of NHWC pixels.
+//
+// A tile is kTilePixels neighbouring outputs of one vector of channels: for every tap one load of
+// the weights and, per output, one fma with the input from memory, which a core can load as fast
+// as it multiplies. Kernel size, dilation and stride stay run-time values: the tap loop's overhead
+// is spread over 8 outputs, and k = 3, 5 and 7 then share one function.
+#pragma once
+
+#include "common/activation.h"
+
+namespace effkernels {
+namespace EFFKERNELS_ISA {
+
+constexpr int kTilePixels = 8;
+
+// tile[t * Vec::size] = sum over taps (y, x in [x_begin, x_end)) of
+//   weight[(y * kernel_w + x) * weight_stride] * rows[y][x * tap_step + t * pixel_step]
+// for kCount outputs; rows[y] null is a row of padding. `valid` channels are read.
+template <int kCount, class T>
+EFFKERNELS_INLINE void window_tile(const T* const* rows, int64_t offset, const Geometry& g,
+                                   int64_t x_begin, int64_t x_end, int64_t tap_step,
+                                   int64_t pixel_step, const float* weight, int64_t weight_stride,
+                                   int64_t valid, float* tile) {
+  Vec sums[kCount];
+#pragma GCC unroll 16
+  for (int t = 0; t < kCount; t++) sums[t] = Vec::set1(0.0f);
+  for (int64_t y = 0; y < g.kernel_h; y++) {
+    if (rows[y] == nullptr) continue;
+    const T* p = rows[y] + offset + x_begin * tap_step;
+    const float* w = weight + (y * g.kernel_w + x_begin) * weight_stride;
+    if (valid >= Vec::size) {
+      for (int64_t x = x_begin; x < x_end; x++, p += tap_step, w += weight_stride) {
+        const Vec tap = Vec::load(w);
+#pragma GCC unroll 16
+        for (int t = 0; t < kCount; t++) {
+          sums[t] = fma(Vec::load(p + t * pixel_step), tap, sums[t]);
+        }
+      }
+    } else {
+      for (int64_t x = x_begin; x < x_end; x++, p += tap_step, w += weight_stride) {
+        const Vec tap = Vec::load(w);
+#pragma GCC unroll 16
+        for (int t = 0; t < kCount; t++) {
+          sums[t] = fma(load_first(p + t * pixel_step, valid), tap, sums[t]);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int t = 0; t < kCount; t++) sums[t].store(tile + t * Vec::size);
+}
+
+// One output row of an unpadded image for `channels` channels of `image` (its channel 0 at the
+// pointer). Row y of the window is image row `top + y * dilation`; outside ones are padding.
+template <class T, class Out>
+inline void window_row(const T* image, const Images& in, const Geometry& g, int64_t out_y,
+                       int64_t out_width, const float* weight, int64_t weight_stride,
+                       const Epilogue& epilogue, Out* out, const T** rows, float* sum) {
+  const int64_t pixel = in.channels, tap_step = g.dilation_w * pixel;
+  const int64_t pixel_step = g.stride_w * pixel;
+  const int64_t row_size = in.width * pixel;
+  const int64_t reach = g.dilation_w * (g.kernel_w - 1);
+  for (int64_t y = 0; y < g.kernel_h; y++) {
+    const int64_t row = out_y * g.stride_h - g.top + y * g.dilation_h;
+    rows[y] = row < 0 || row >= in.height ? nullptr : image + row * row_size;
+  }
+  // Outputs in [inner_begin, inner_end) see no padding to the left or right.
+  const int64_t inner_begin = min_of(out_width, ceil_div(g.left, g.stride_w));
+  const int64_t room = in.width - 1 - reach + g.left;
+  const int64_t inner_end =
+      max_of(inner_begin, room < 0 ? 0 : min_of(out_width, room / g.stride_w + 1));
+  alignas(64) float tile[kTilePixels * Vec::size];
+  for (int64_t c = 0; c < in.channels; c += Vec::size) {
+    const int64_t valid = min_of(in.channels - c, Vec::size);
+    const auto finish = [&](int64_t x, int64_t count) {
+      finish_rows<Out>(tile, Vec::size, count, valid, epilogue, c, static_cast<const Out*>(nullptr),
+                       out + x * pixel + c, pixel, sum == nullptr ? nullptr : sum + c);
+    };
+    const auto border = [&](int64_t x) {
+      const int64_t start = x * g.stride_w - g.left;
+      const int64_t x_begin = start >= 0 ? 0 : ceil_div(-start, g.dilation_w);
+      const int64_t last = in.width - 1 - start;  // the furthest reach inside the image
+      const int64_t x_end = last < 0 ? 0 : min_of(g.kernel_w, last / g.dilation_w + 1);
+      window_tile<1>(rows, start * pixel + c, g, min_of(x_begin, x_end), x_end, tap_step,
+                     pixel_step, weight + c, weight_stride, valid, tile);
+      finish(x, 1);
+    };
+    int64_t x = 0;
+    for (; x < inner_begin; x++) border(x);
+    for (; x + kTilePixels <= inner_end; x += kTilePixels) {
+      window_tile<kTilePixels>(rows, (x * g.stride_w - g.left) * pixel + c, g, 0, g.kernel_w,
+                               tap_step, pixel_step, weight + c, weight_stride, valid, tile);
+      finish(x, kTilePixels);
+    }
+    for (; x < inner_end; x++) {
+      window_tile<1>(rows, (x * g.stride_w - g.left) * pixel + c, g, 0, g.kernel_w, tap_step,
+                     pixel_step, weight + c, weight_stride, valid, tile);
+      finish(x, 1);
+    }
+    for (; x < out_width; x++) border(x);
+  }
+}
+
+// The same for a row whose padding is in memory, `kPixel` floats a pixel: no borders, and steps
+// known to the compiler for strides 1 and 2.
+template <int kPixel>
+inline void padded_window_row(const float* const* rows, const Geometry& g, int64_t out_width,
+                              const float* weight, int64_t weight_stride, int64_t channels,
+                              const Epilogue& epilogue, int64_t first_channel, float* out,
+                              int64_t out_stride, float* sum) {
+  alignas(64) float tile[kTilePixels * Vec::size];
+  const int64_t tap_step = g.dilation_w * kPixel;
+  for (int64_t c = 0; c < channels; c += Vec::size) {
+    const int64_t valid = min_of(channels - c, Vec::size);
+    const auto run = [&](auto count, int64_t x, int64_t step) EFFKERNELS_LAMBDA_INLINE {
+      window_tile<decltype(count)::value>(rows, x * step + c, g, 0, g.kernel_w, tap_step, step,
+                                          weight + c, weight_stride, Vec::size, tile);
+    };
+    const auto tiles = [&](auto count, int64_t x) {
+      if (g.stride_w == 1) {
+        run(count, x, kPixel);
+      } else if (g.stride_w == 2) {
+        run(count, x, 2 * kPixel);
+      } else {
+        run(count, x, g.stride_w * kPixel);
+      }
+      finish_rows<float>(tile, Vec::size, decltype(count)::value, valid, epilogue,
+                         first_channel + c, nullptr, out + x * out_stride + c, out_stride,
+                         sum + c);
+    };
+    int64_t x = 0;
+    for (; x + kTilePixels <= out_width; x += kTilePixels) {
+      tiles(std::integral_constant<int, kTilePixels>{}, x);
+    }
+    for (; x + 4 <= out_width; x += 4) tiles(std::integral_constant<int, 4>{}, x);
+    for (; x < out_width; x++) tiles(std::integral_constant<int, 1>{}, x);
+  }
+}
+
+}  // namespace EFFKERNELS_ISA
+}  // namespace effkernels

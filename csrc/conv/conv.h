@@ -1,0 +1,22 @@
+#pragma once
+
+#include "common/isa.h"
+#include "common/types.h"
+
+namespace effkernels {
+
+struct ConvArgs {
+  DType dtype;        // of output, input and residual
+  void* output;       // [count, out_height, out_width, out_channels]
+  const void* input;  // [count, height, width, channels]
+  Images in;
+  int64_t out_height, out_width, out_channels;
+  const float* weight;  // panels over depth kernel_h * kernel_w * channels, see common/gemm.h
+  Geometry geometry;
+  Epilogue epilogue;
+  Parallel parallel;
+};
+
+EFFKERNELS_OP(conv, ConvArgs)
+
+}  // namespace effkernels

@@ -1,0 +1,210 @@
+// mbconv: the inverted-residual block of one image after the other.
+//
+//   expanded = expand(expand_weight * input)              [H, W, E]    never whole in memory
+//   hidden   = depthwise(depthwise_weight (*) expanded)   [H', W', E]  the block's one scratch
+//   gate     = squeeze_excite_gate(mean(hidden))          [E]
+//   output   = project(project_weight * (gate . hidden))  [H', W', K]
+//
+// Layout NHWC. Operations: H W C E + k k H' W' E + H' W' E K multiply-adds. Bytes through memory:
+// input, output and hidden once, against five passes over tensors of E channels when every op is
+// separate.
+//
+// Expand and depthwise: a task owns one panel of expanded channels and a band of output rows. It
+// keeps a ring of expanded rows, padded left and right with zeros, filled by the matrix product a
+// few rows at a time and drained by the window as soon as an output row has its k rows. The ring
+// (k + few rows of W pixels of one panel: 20-60 KB) stays in L1/L2. The depthwise epilogue leaves
+// one sum per output row, from which the mean is added up in a fixed order: results do not depend
+// on bands or threads.
+// The gate cuts the block: hidden must be complete before the project product starts, which
+// multiplies the gate into its rows chunk by chunk (common/gemm.h).
+// With at least as many images as threads every thread takes whole images: nothing is shared,
+// hidden stays in its L2.
+//
+// Ladder (EfficientNet-B0, batch 1, one thread): see the README's table and CHANGELOG.
+#include "mbconv/mbconv.h"
+
+#include "common/gate.h"
+#include "common/gemm.h"
+#include "common/reduce.h"
+#include "common/window.h"
+
+namespace effkernels {
+namespace EFFKERNELS_ISA {
+namespace {
+
+// The rows of one panel of expanded channels, as the window needs them.
+struct Ring {
+  float* data;         // [slots][width, kTileChannels], then one row of zeros
+  int64_t slots;       // image row y lives in slot y % slots
+  int64_t width;       // pixels of a row with its padding
+  int64_t batch;       // image rows expanded at once
+  int64_t begin, end;  // image columns that some window sees
+  int64_t row_size() const { return width * kTileChannels; }
+  float* row(int64_t y) const { return data + y % slots * row_size(); }
+  const float* zeros() const { return data + slots * row_size(); }
+  size_t size() const { return static_cast<size_t>((slots + 1) * row_size()); }
+};
+
+Ring make_ring(const MBConvArgs& args) {
+  const Geometry& g = args.geometry;
+  Ring ring{};
+  ring.width = (args.out_width - 1) * g.stride_w + g.dilation_w * (g.kernel_w - 1) + 1;
+  ring.end = max_of(0, min_of(args.in.width, ring.width - g.left));
+  // Short rows are expanded several at a time, to fill the register tile.
+  const bool all_columns = ring.end == args.in.width;
+  ring.batch = all_columns ? max_of(1, min_of(args.in.height, ceil_div(56, args.in.width))) : 1;
+  ring.slots = g.dilation_h * (g.kernel_h - 1) + ring.batch;
+  return ring;
+}
+
+// Image rows [y, y + count) into the ring, for the panels at `channel`.
+void expand_rows(const MBConvArgs& args, const float* image, const Ring& ring, int64_t y,
+                 int64_t count, int64_t channel, int64_t channels) {
+  const int64_t depth = args.in.channels, columns = ring.end, left = args.geometry.left;
+  if (columns == 0) return;
+  const int64_t panels = ceil_div(channels, kPanel);
+  gemm_rows(image + y * args.in.width * depth, depth, count * columns,
+            args.expand_weight + channel * depth, panels, depth,
+            [&](int64_t pixel, int64_t rows, const float* tile) {
+              while (rows > 0) {  // a tile may cross the end of an image row
+                const int64_t row = pixel / columns, x = pixel % columns;
+                const int64_t n = min_of(rows, columns - x);
+                finish_rows<float>(tile, kTileChannels, n, channels, args.expand, channel, nullptr,
+                                   ring.row(y + row) + (left + x) * kTileChannels, kTileChannels,
+                                   nullptr);
+                tile += n * kTileChannels;
+                pixel += n;
+                rows -= n;
+              }
+            });
+}
+
+// hidden rows [first, last) of the panels at `channel`, and their sums if asked for.
+void expand_depthwise(const MBConvArgs& args, const float* image, int64_t channel, int64_t first,
+                      int64_t last, float* hidden, float* row_sums) {
+  const Geometry& g = args.geometry;
+  Ring ring = make_ring(args);
+  ring.data = scratch(ScratchUse::kRing, ring.size());
+  std::memset(ring.data, 0, ring.size() * sizeof(float));  // the padding stays zero
+  const int64_t channels = min_of(args.expanded - channel, kTileChannels);
+  const int64_t weight_stride = round_up(args.expanded, kPanel);
+  const size_t taps = static_cast<size_t>(g.kernel_h);
+  const float** rows = static_cast<const float**>(__builtin_alloca(taps * sizeof(const float*)));
+  const int64_t reach = g.dilation_h * (g.kernel_h - 1);
+  const int64_t stop = min_of(args.in.height, (last - 1) * g.stride_h - g.top + reach + 1);
+  int64_t next = 0;
+  for (int64_t y = first; y < last; y++) {
+    const int64_t top = y * g.stride_h - g.top;
+    next = max_of(next, top);
+    const int64_t needed = min_of(stop, top + reach + 1);
+    while (next < needed) {
+      const int64_t count = min_of(ring.batch, stop - next);
+      expand_rows(args, image, ring, next, count, channel, channels);
+      next += count;
+    }
+    for (int64_t ky = 0; ky < g.kernel_h; ky++) {
+      const int64_t row = top + ky * g.dilation_h;
+      rows[ky] = row < 0 || row >= args.in.height ? ring.zeros() : ring.row(row);
+    }
+    float* sum = nullptr;
+    if (row_sums != nullptr) {
+      sum = row_sums + y * args.expanded + channel;
+      for (int64_t c = 0; c < channels; c++) sum[c] = 0.0f;
+    }
+    padded_window_row<kTileChannels>(rows, g, args.out_width, args.depthwise_weight + channel,
+                                     weight_stride, channels, args.depthwise, channel,
+                                     hidden + y * args.out_width * args.expanded + channel,
+                                     args.expanded, sum);
+  }
+}
+
+// Bands of output rows: the fewest that, times the panels, feed every thread evenly.
+int64_t band_count(int64_t panels, int64_t rows, int64_t threads) {
+  if (threads == 1) return 1;
+  int64_t bands = 1;
+  while (bands < rows && panels * bands % threads != 0 && panels * bands < 8 * threads) bands++;
+  return bands;
+}
+
+void hidden_rows(const MBConvArgs& args, const float* image, float* hidden, float* row_sums,
+                 const Parallel& parallel) {
+  if (args.expand_weight == nullptr) {
+    const int64_t weight_stride = round_up(args.expanded, kPanel);
+    parallel_for(parallel, args.out_height, [&](int64_t begin, int64_t end) {
+      const size_t taps = static_cast<size_t>(args.geometry.kernel_h);
+      const float** rows = static_cast<const float**>(__builtin_alloca(taps * sizeof(float*)));
+      for (int64_t y = begin; y < end; y++) {
+        float* sum = row_sums == nullptr ? nullptr : row_sums + y * args.expanded;
+        for (int64_t c = 0; sum != nullptr && c < args.expanded; c++) sum[c] = 0.0f;
+        window_row(image, args.in, args.geometry, y, args.out_width, args.depthwise_weight,
+                   weight_stride, args.depthwise, hidden + y * args.out_width * args.expanded, rows,
+                   sum);
+      }
+    });
+    return;
+  }
+  const int64_t panels = ceil_div(args.expanded, kTileChannels);
+  const int64_t bands = band_count(panels, args.out_height, parallel.threads);
+  parallel_for(parallel, panels * bands, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; task++) {
+      const int64_t band = task % bands;
+      expand_depthwise(args, image, task / bands * kTileChannels, band * args.out_height / bands,
+                       (band + 1) * args.out_height / bands, hidden, row_sums);
+    }
+  });
+}
+
+template <class T>
+void run_image(const MBConvArgs& args, int64_t index, const Parallel& parallel) {
+  const int64_t pixels = args.out_height * args.out_width, expanded = args.expanded;
+  const T* input = static_cast<const T*>(args.input) + index * args.in.size();
+  const int64_t converted = std::is_same_v<T, float> ? 0 : round_up(args.in.size(), 16);
+  const int64_t sums = args.squeeze_excite ? round_up((args.out_height + 2) * expanded, 16) : 0;
+  float* buffer = scratch(ScratchUse::kBlock,
+                          static_cast<size_t>(converted + sums + pixels * expanded));
+  float* row_sums = args.squeeze_excite ? buffer + converted : nullptr;
+  float* hidden = buffer + converted + sums;
+  const float* image;
+  if constexpr (std::is_same_v<T, float>) {
+    image = input;
+  } else {
+    const int64_t row = args.in.width * args.in.channels;
+    parallel_for(parallel, args.in.height, [&](int64_t begin, int64_t end) {
+      convert_row(input + begin * row, nullptr, (end - begin) * row, buffer + begin * row);
+    });
+    image = buffer;
+  }
+  hidden_rows(args, image, hidden, row_sums, parallel);
+  float* gate = nullptr;
+  if (args.squeeze_excite) {
+    float* mean = row_sums + args.out_height * expanded;
+    gate = mean + expanded;
+    reduce_rows(row_sums, args.out_height, expanded, 1.0f / static_cast<float>(pixels), mean);
+    gate_row(args.gate, mean, gate);
+  }
+  const int64_t output = index * pixels * args.out_channels;
+  Epilogue project = args.project;
+  if (project.residual != nullptr) project.residual = static_cast<const T*>(project.residual) + output;
+  const GemmShape shape{1, pixels, expanded, args.out_channels, false};
+  pointwise_gemm<float, T>(shape, hidden, gate, args.project_weight, project,
+                           static_cast<T*>(args.output) + output, nullptr, parallel);
+}
+
+template <class T>
+void run(const MBConvArgs& args) {
+  // Whole images to every thread as long as all get one; the rest share their threads.
+  const int64_t shared = args.in.count % args.parallel.threads;
+  const int64_t own = args.in.count - shared;
+  const Parallel alone{1, nullptr};
+  parallel_for(args.parallel, own, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; n++) run_image<T>(args, n, alone);
+  });
+  for (int64_t n = own; n < args.in.count; n++) run_image<T>(args, n, args.parallel);
+}
+
+}  // namespace
+
+void mbconv(const MBConvArgs& args) { args.dtype == DType::f32 ? run<float>(args) : run<bf16>(args); }
+
+}  // namespace EFFKERNELS_ISA
+}  // namespace effkernels

@@ -1,0 +1,19 @@
+#pragma once
+
+#include "common/isa.h"
+#include "common/types.h"
+
+namespace effkernels {
+
+struct SiluArgs {
+  DType dtype;        // of output and input
+  void* output;       // [size]
+  const void* input;  // [size]
+  int64_t size;
+  Activation activation;
+  Parallel parallel;
+};
+
+EFFKERNELS_OP(silu, SiluArgs)
+
+}  // namespace effkernels
