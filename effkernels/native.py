@@ -289,7 +289,7 @@ def batch_norm_act(
         mean = torch.empty(channels, dtype=torch.float32)
         var = torch.empty(channels, dtype=torch.float32)
     else:
-        mean, var = input.newempty_nhwc(0), input.newempty_nhwc(0)
+        mean, var = input.new_empty(0), input.new_empty(0)
     torch.ops.effkernels_cpu.batch_norm_act(
         output,
         mean if training else _float32(running_mean),
