@@ -2,6 +2,7 @@
 
 from functools import partial
 
+from .checkpoints import LoadResult, load_checkpoint
 from .efficientnet import DataConfig, EfficientNet, EfficientNetFeatures
 from .registry import create_model, list_models
 
@@ -23,8 +24,10 @@ __all__ = [
     "DataConfig",
     "EfficientNet",
     "EfficientNetFeatures",
+    "LoadResult",
     "create_model",
     "list_models",
+    "load_checkpoint",
     *(f"efficientnet_b{index}" for index in range(8)),
     *(f"efficientnet_lite{index}" for index in range(5)),
 ]

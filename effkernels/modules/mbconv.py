@@ -156,7 +156,8 @@ class MBConv(nn.Module):
             return conv_norm_act(hidden, project)
         if not dropping:
             return conv_norm_act(hidden, project, residual=input)
-        return drop_path(conv_norm_act(hidden, project), self.drop_path) + input
+        output = conv_norm_act(hidden, project)
+        return drop_path(output, self.drop_path) + input.to(output.dtype)  # autocast may differ
 
     def extra_repr(self) -> str:
         return f"residual={self.has_residual}, drop_path={self.drop_path:g}"
