@@ -87,8 +87,7 @@ EFFKERNELS_INLINE void with_activation(Activation activation, F&& body) {
 
 // The epilogue on `rows` rows of raw sums: tile[row * tile_stride + c] for c < channels.
 // Row r goes to out + r * out_stride (counted in T). The rows of `residual`, if any, have the
-// same stride. Column sums of the results are added to sum[c] in the order of the rows, so that
-// they do not depend on how the rows were split between threads.
+// same stride. Column sums of the results are added to sum[c], if given.
 template <class T, Activation kActivation>
 inline void finish_rows_as(const float* tile, int64_t tile_stride, int64_t rows, int64_t channels,
                            const float* scale, const float* bias, const T* residual, T* out,
@@ -103,7 +102,7 @@ inline void finish_rows_as(const float* tile, int64_t tile_stride, int64_t rows,
     };
     const Vec a = vector(scale, Vec::set1(1.0f));
     const Vec b = vector(bias, zero);
-    Vec total = vector(sum, zero);
+    Vec total = zero;
     for (int64_t r = 0; r < rows; r++) {
       Vec x = fma(Vec::load(tile + r * tile_stride + c), a, b);
       if (residual != nullptr) {
@@ -120,6 +119,7 @@ inline void finish_rows_as(const float* tile, int64_t tile_stride, int64_t rows,
       }
     }
     if (sum != nullptr) {
+      total = total + vector(sum, zero);
       if (whole) {
         total.store(sum + c);
       } else {

@@ -126,7 +126,7 @@ inline void padded_window_row(const float* const* rows, const Geometry& g, int64
       }
       finish_rows<float>(tile, Vec::size, decltype(count)::value, valid, epilogue,
                          first_channel + c, nullptr, out + x * out_stride + c, out_stride,
-                         sum + c);
+                         sum == nullptr ? nullptr : sum + c);
     };
     int64_t x = 0;
     for (; x + kTilePixels <= out_width; x += kTilePixels) {
