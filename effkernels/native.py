@@ -8,6 +8,7 @@ only. Packing is plain PyTorch, one layout for every instruction set.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from .layout import empty_nhwc, nhwc, output_size
 
 _PANEL = 16  # output channels side by side in packed weights; csrc/common/gemm.h kPanel
 _DTYPES = (torch.float32, torch.bfloat16)
+# ruff: noqa: D103 -- a function here is the op of its name, documented in effkernels/ops
 # The order of `enum class Activation` in csrc/common/types.h.
 _ACTIVATION_CODES = {
     name: code
@@ -340,8 +342,14 @@ def depthwise_separable_conv(
     return output
 
 
-def mbconv(
-    input: Tensor,
+def mbconv(input: Tensor, *arguments: Any) -> Tensor:
+    output = prepare_mbconv(input, *arguments)(input)
+    assert output is not None
+    return output
+
+
+def prepare_mbconv(
+    example: Tensor,
     expand_weight: Tensor | None,
     expand_scale: Tensor | None,
     expand_bias: Tensor | None,
@@ -363,16 +371,12 @@ def mbconv(
     se_activation: str,
     gate_activation: str,
     project_activation: str,
-) -> Tensor:
-    geometry = _geometry(depthwise_weight, stride, padding, dilation)
-    output = empty_nhwc(
-        input,
-        project_weight.shape[0],
-        *output_size(input.shape[2:], geometry[:2], stride, padding, dilation),
-    )
-    torch.ops.effkernels_cpu.mbconv(
-        output,
-        nhwc(input),
+) -> Callable[[Tensor], Tensor | None]:
+    """The op with everything but its input bound, for inputs like ``example``.
+
+    What is returned gives None for an input of another shape (but for the batch), dtype or device.
+    """
+    weights = (
         None if expand_weight is None else _gemm_panels(expand_weight),
         _float32(expand_scale),
         _float32(expand_bias),
@@ -386,11 +390,20 @@ def mbconv(
         _gemm_panels(project_weight),
         _float32(project_scale),
         _float32(project_bias),
-        geometry,
-        residual,
-        [
-            _ACTIVATION_CODES[name]
-            for name in (activation, se_activation, gate_activation, project_activation)
-        ],
     )
-    return output
+    geometry = _geometry(depthwise_weight, stride, padding, dilation)
+    names = (activation, se_activation, gate_activation, project_activation)
+    options = (geometry, residual, [_ACTIVATION_CODES[name] for name in names])
+    shape, dtype = example.shape[1:], example.dtype
+    size = output_size(shape[1:], geometry[:2], stride, padding, dilation)
+    channels = project_weight.shape[0]
+    op = torch.ops.effkernels_cpu.mbconv.default
+
+    def run(input: Tensor) -> Tensor | None:
+        if input.shape[1:] != shape or input.dtype is not dtype or not input.is_cpu:
+            return None
+        output = empty_nhwc(input, channels, *size)
+        op(output, nhwc(input), *weights, *options)
+        return output
+
+    return run

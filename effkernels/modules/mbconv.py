@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..native import prepare_mbconv
+from ..ops.mbconv import mbconv_arguments
 from . import arguments
 from .conv_norm_act import same_or_own_padding
 from .fused import (
@@ -22,6 +25,7 @@ from .fused import (
     is_untouched,
     uses_batch_statistics,
 )
+from .plan import Planned, keep_plan, planned
 from .squeeze_excite import NO_SQUEEZE_EXCITE, SqueezeExcite, fused_squeeze_excite
 
 __all__ = ["DepthwiseSeparableConv", "MBConv", "drop_path"]
@@ -40,7 +44,7 @@ def drop_path(input: Tensor, probability: float) -> Tensor:
     return input * mask.div_(keep)
 
 
-class MBConv(nn.Module):
+class MBConv(Planned):
     """Inverted residual with squeeze-and-excitation (Sandler et al., 2018; Tan & Le, 2019).
 
     expand 1×1 → BatchNorm → act → depthwise k×k → BatchNorm → act → SE → project 1×1 → BatchNorm,
@@ -137,6 +141,9 @@ class MBConv(nn.Module):
             TypeError, ValueError: from the ops, naming the argument.
             BackendUnavailable: if a backend was asked for that cannot run this call.
         """
+        output = planned(self, input)
+        if output is not None:
+            return output
         expand = None
         if self.has_expansion:
             expand = ConvNorm(self.conv_pw, self.bn1, self.act1)
@@ -146,10 +153,14 @@ class MBConv(nn.Module):
             depthwise = ConvNorm(self.conv_dw, self.bn1, self.act1, self._same)
             project = ConvNorm(self.conv_pw, self.bn2, _NONE)
         dropping = self.training and self.has_residual and self.drop_path > 0.0
+        dtype = autocast_dtype(input)
+        whole = None
         if not dropping:
-            output = _whole_block(input, expand, depthwise, self.se, project, self.has_residual)
-            if output is not None:
-                return output
+            whole = _whole_block(dtype, expand, depthwise, self.se, project, self.has_residual)
+        if whole is not None:
+            example = input if dtype is None else input.to(dtype)
+            keep_plan(self, example, lambda: prepare_mbconv(*mbconv_arguments(example, *whole)))
+            return ops.mbconv(example, *whole)
         hidden = input if expand is None else conv_norm_act(input, expand)
         hidden = self.se(conv_norm_act(hidden, depthwise))
         if not self.has_residual:
@@ -208,14 +219,17 @@ def _fusible(stage: ConvNorm, kind: str) -> bool:
 
 
 def _whole_block(
-    input: Tensor,
+    dtype: torch.dtype | None,
     expand: ConvNorm | None,
     depthwise: ConvNorm,
     se: nn.Module,
     project: ConvNorm,
     residual: bool,
-) -> Tensor | None:
-    """The block as one op; None if it has to go stage by stage."""
+) -> tuple[ops.MBConvParameters, ops.MBConvGeometry] | None:
+    """The block as the arguments of one op, weights in ``dtype`` unless that is None.
+
+    None if the block has to go stage by stage.
+    """
     if not (
         _fusible(project, "pointwise")
         and _fusible(depthwise, "depthwise")
@@ -225,9 +239,6 @@ def _whole_block(
     activation = activation_name(depthwise.activation)
     if activation is None or has_global_hooks():
         return None
-    dtype = autocast_dtype(input)
-    if dtype is not None:
-        input = input.to(dtype)
     expand_weight = expand_scale = expand_bias = None
     if expand is not None:
         if activation_name(expand.activation) != activation:
@@ -243,30 +254,28 @@ def _whole_block(
     depthwise_scale, depthwise_bias = fold(depthwise.conv, depthwise.norm)
     project_scale, project_bias = fold(project.conv, project.norm)
     conv = depthwise.conv
-    return ops.mbconv(
-        input,
-        ops.MBConvParameters(
-            cast_weight(conv.weight, dtype),
-            cast_weight(project.conv.weight, dtype),
-            expand_weight,
-            expand_scale,
-            expand_bias,
-            depthwise_scale,
-            depthwise_bias,
-            squeeze.reduce_weight,
-            squeeze.reduce_bias,
-            squeeze.expand_weight,
-            squeeze.expand_bias,
-            project_scale,
-            project_bias,
-        ),
-        ops.MBConvGeometry(
-            (conv.stride[0], conv.stride[1]),
-            conv.padding if depthwise.same is None else "same",
-            (conv.dilation[0], conv.dilation[1]),
-            residual,
-            activation,
-            squeeze.activation,
-            squeeze.gate_activation,
-        ),
+    parameters = ops.MBConvParameters(
+        cast_weight(conv.weight, dtype),
+        cast_weight(project.conv.weight, dtype),
+        expand_weight,
+        expand_scale,
+        expand_bias,
+        depthwise_scale,
+        depthwise_bias,
+        squeeze.reduce_weight,
+        squeeze.reduce_bias,
+        squeeze.expand_weight,
+        squeeze.expand_bias,
+        project_scale,
+        project_bias,
     )
+    geometry = ops.MBConvGeometry(
+        (conv.stride[0], conv.stride[1]),
+        conv.padding if depthwise.same is None else "same",
+        (conv.dilation[0], conv.dilation[1]),
+        residual,
+        activation,
+        squeeze.activation,
+        squeeze.gate_activation,
+    )
+    return parameters, geometry

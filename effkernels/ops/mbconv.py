@@ -9,7 +9,7 @@ output   = project_activation(project_scale · (project_weight · gated) + proje
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -84,6 +84,13 @@ def mbconv(
         TypeError, ValueError: naming the argument, what came and what is accepted.
         BackendUnavailable: if a backend was asked for that cannot run this call.
     """
+    return _op(*mbconv_arguments(input, parameters, geometry))
+
+
+def mbconv_arguments(
+    input: Tensor, parameters: MBConvParameters, geometry: MBConvGeometry | None
+) -> tuple[Any, ...]:
+    """The dispatcher op's arguments, checked as :func:`mbconv` says."""
     geometry = MBConvGeometry() if geometry is None else geometry
     check_tensor(OP, "input", input, 4)
     p = parameters
@@ -132,7 +139,7 @@ def mbconv(
                 f"{OP}: residual=True needs an output like the input {tuple(input.shape)}, "
                 f"it has {outputs} channels and size {size}"
             )
-    return _op(
+    return (
         input,
         expand_weight,
         p.expand_scale,
