@@ -1,0 +1,42 @@
+"""What every test starts from: one thread, one seed, a hypothesis profile, a required backend."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+import effkernels as ek
+
+_COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("default", max_examples=25, **_COMMON)
+# The same examples on every machine: a red run can be repeated.
+settings.register_profile("ci", max_examples=50, derandomize=True, **_COMMON)
+# AddressSanitizer runs several times slower.
+settings.register_profile("asan", max_examples=10, derandomize=True, **_COMMON)
+settings.load_profile(os.environ.get("EFFKERNELS_HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> Iterator[None]:
+    """One thread and seed 0; what a test changes of them is undone."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=["native", "reference"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The test runs on this backend; native is skipped only where nobody promised it."""
+    status = ek.backends()[request.param]
+    if not status.available:
+        if os.environ.get("EFFKERNELS_REQUIRE_NATIVE"):
+            pytest.fail(f"EFFKERNELS_REQUIRE_NATIVE is set, but {status.reason}")
+        pytest.skip(status.reason)
+    with ek.use_backend(request.param):
+        yield request.param
