@@ -1,8 +1,9 @@
 // A vector of floats in the registers of one instruction set. The only file with intrinsics.
 //
-// Every Vec has: size; load/store of float and bf16, whole or the first n; set1; + - *;
+// Every Vec has: size; load/store of float and bf16, whole or the first n; set1; + - * /;
 // fma(a, b, c) = a * b + c; min and max that return the second operand when one is NaN;
-// abs; reciprocal of values in [1, 2]; select_negative(x, a, b) = x < 0 ? a : b;
+// abs; all_below(a, limit): every value is less than limit (none is NaN);
+// select_negative(x, a, b) = x < 0 ? a : b;
 // exponent_from(z): the float whose bits are those of z shifted left by 23 (see activation.h).
 #pragma once
 
@@ -72,14 +73,13 @@ struct Vec {
 EFFKERNELS_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 EFFKERNELS_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 EFFKERNELS_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+EFFKERNELS_INLINE Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 EFFKERNELS_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 EFFKERNELS_INLINE Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 EFFKERNELS_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 EFFKERNELS_INLINE Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
-EFFKERNELS_INLINE Vec reciprocal(Vec a) {
-  // rcp14 is good to 2^-14; one Newton step squares that.
-  const __m512 r = _mm512_rcp14_ps(a.v);
-  return {_mm512_mul_ps(r, _mm512_fnmadd_ps(a.v, r, _mm512_set1_ps(2.0f)))};
+EFFKERNELS_INLINE bool all_below(Vec a, float limit) {
+  return _mm512_cmp_ps_mask(a.v, _mm512_set1_ps(limit), _CMP_NLT_UQ) == 0;
 }
 EFFKERNELS_INLINE Vec select_negative(Vec x, Vec a, Vec b) {
   const __mmask16 negative = _mm512_cmp_ps_mask(x.v, _mm512_setzero_ps(), _CMP_LT_OQ);
@@ -127,14 +127,13 @@ struct Vec {
 EFFKERNELS_INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 EFFKERNELS_INLINE Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
 EFFKERNELS_INLINE Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+EFFKERNELS_INLINE Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
 EFFKERNELS_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 EFFKERNELS_INLINE Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
 EFFKERNELS_INLINE Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
 EFFKERNELS_INLINE Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
-EFFKERNELS_INLINE Vec reciprocal(Vec a) {
-  // rcpps is good to 1.5 * 2^-12; one Newton step squares that (1.4e-7).
-  const __m256 r = _mm256_rcp_ps(a.v);
-  return {_mm256_mul_ps(r, _mm256_fnmadd_ps(a.v, r, _mm256_set1_ps(2.0f)))};
+EFFKERNELS_INLINE bool all_below(Vec a, float limit) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(a.v, _mm256_set1_ps(limit), _CMP_NLT_UQ)) == 0;
 }
 EFFKERNELS_INLINE Vec select_negative(Vec x, Vec a, Vec b) {
   return {_mm256_blendv_ps(b.v, a.v, x.v)};  // by sign bit: callers give equal a and b at -0
@@ -179,15 +178,13 @@ struct Vec {
 EFFKERNELS_INLINE Vec operator+(Vec a, Vec b) { return {vaddq_f32(a.v, b.v)}; }
 EFFKERNELS_INLINE Vec operator-(Vec a, Vec b) { return {vsubq_f32(a.v, b.v)}; }
 EFFKERNELS_INLINE Vec operator*(Vec a, Vec b) { return {vmulq_f32(a.v, b.v)}; }
+EFFKERNELS_INLINE Vec operator/(Vec a, Vec b) { return {vdivq_f32(a.v, b.v)}; }
 EFFKERNELS_INLINE Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
 EFFKERNELS_INLINE Vec min(Vec a, Vec b) { return {vminq_f32(a.v, b.v)}; }
 EFFKERNELS_INLINE Vec max(Vec a, Vec b) { return {vmaxq_f32(a.v, b.v)}; }
 EFFKERNELS_INLINE Vec abs(Vec a) { return {vabsq_f32(a.v)}; }
-EFFKERNELS_INLINE Vec reciprocal(Vec a) {
-  // The estimate is good to 2^-8: two Newton steps.
-  float32x4_t r = vrecpeq_f32(a.v);
-  r = vmulq_f32(r, vrecpsq_f32(a.v, r));
-  return {vmulq_f32(r, vrecpsq_f32(a.v, r))};
+EFFKERNELS_INLINE bool all_below(Vec a, float limit) {
+  return vminvq_u32(vcltq_f32(a.v, vdupq_n_f32(limit))) != 0;
 }
 EFFKERNELS_INLINE Vec select_negative(Vec x, Vec a, Vec b) {
   return {vbslq_f32(vcltq_f32(x.v, vdupq_n_f32(0.0f)), a.v, b.v)};
@@ -238,11 +235,16 @@ struct Vec {
 EFFKERNELS_INLINE Vec operator+(Vec a, Vec b) { EFFKERNELS_EACH(a.v[i] + b.v[i]); }
 EFFKERNELS_INLINE Vec operator-(Vec a, Vec b) { EFFKERNELS_EACH(a.v[i] - b.v[i]); }
 EFFKERNELS_INLINE Vec operator*(Vec a, Vec b) { EFFKERNELS_EACH(a.v[i] * b.v[i]); }
+EFFKERNELS_INLINE Vec operator/(Vec a, Vec b) { EFFKERNELS_EACH(a.v[i] / b.v[i]); }
 EFFKERNELS_INLINE Vec fma(Vec a, Vec b, Vec c) { EFFKERNELS_EACH(a.v[i] * b.v[i] + c.v[i]); }
 EFFKERNELS_INLINE Vec min(Vec a, Vec b) { EFFKERNELS_EACH(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
 EFFKERNELS_INLINE Vec max(Vec a, Vec b) { EFFKERNELS_EACH(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 EFFKERNELS_INLINE Vec abs(Vec a) { EFFKERNELS_EACH(__builtin_fabsf(a.v[i])); }
-EFFKERNELS_INLINE Vec reciprocal(Vec a) { EFFKERNELS_EACH(1.0f / a.v[i]); }
+EFFKERNELS_INLINE bool all_below(Vec a, float limit) {
+  bool below = true;
+  for (int i = 0; i < Vec::size; i++) below &= a.v[i] < limit;
+  return below;
+}
 EFFKERNELS_INLINE Vec select_negative(Vec x, Vec a, Vec b) {
   EFFKERNELS_EACH(x.v[i] < 0.0f ? a.v[i] : b.v[i]);
 }
