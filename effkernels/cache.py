@@ -33,6 +33,7 @@ class _Entry:
 _SWEEP_EVERY = 256  # insertions; bounds how long the values of deleted models stay
 
 _entries: dict[Hashable, _Entry] = {}
+_generation = 0
 _insertions = 0
 _lock = threading.Lock()
 
@@ -73,5 +74,12 @@ def _insert(key: Hashable, entry: _Entry) -> None:
 
 def clear_cache() -> None:
     """Forget every packed weight and folded BatchNorm."""
+    global _generation
     with _lock:
+        _generation += 1
         _entries.clear()
+
+
+def generation() -> int:
+    """How often the cache was cleared: what was derived before the last time must go too."""
+    return _generation

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..cache import generation
 from ..dispatch import requested
 from ..native import can_run
 from .fused import has_global_hooks
@@ -39,6 +40,7 @@ class Plan:
     __slots__ = (
         "_children",
         "_entries",
+        "_generation",
         "_hooks",
         "_kept",
         "_pointers",
@@ -49,6 +51,7 @@ class Plan:
 
     def __init__(self, block: nn.Module, run: Callable[[Tensor], Tensor | None]) -> None:
         self._run = run
+        self._generation = generation()
         self._children = block._modules
         self._entries: list[tuple[dict, str, object]] = []
         self._hooks: list[dict] = []
@@ -75,7 +78,7 @@ class Plan:
 
     def valid(self, block: nn.Module) -> bool:
         """Whether ``block`` is still what the plan was made from."""
-        if block._modules is not self._children:
+        if block._modules is not self._children or self._generation != generation():
             return False
         for table, name, value in self._entries:
             if table.get(name) is not value:
