@@ -2,7 +2,8 @@
 
 An entry is valid as long as every tensor it came from is the same memory at the same version:
 in-place updates and ``load_state_dict`` raise the version, ``.to`` and assignment change the
-memory. Like autograd, the cache cannot see a write through ``tensor.data`` or a NumPy view; after
+memory. Optimizers with ``fused=True`` write without raising it (seen in torch 2.15), so a
+hook after every optimizer's step raises it for them. Like autograd, the cache cannot see a write through ``tensor.data`` or a NumPy view; after
 one, call :func:`clear_cache`.
 """
 
@@ -14,7 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 __all__ = ["cached", "clear_cache"]
 
@@ -83,3 +86,12 @@ def clear_cache() -> None:
 def generation() -> int:
     """How often the cache was cleared: what was derived before the last time must go too."""
     return _generation
+
+
+def _count_fused_step(optimizer: Optimizer, arguments: tuple[Any, ...], options: Any) -> None:
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            increment_version([p for p in group["params"] if not p.is_inference()])
+
+
+register_optimizer_step_post_hook(_count_fused_step)

@@ -100,10 +100,7 @@ def check_shape(op: str, argument: str, value: Tensor, shape: tuple[int, ...]) -
 
 def pair(op: str, argument: str, value: Any) -> list[int]:
     """``value`` as [vertical, horizontal] positive integers."""
-    if isinstance(value, Sequence):
-        values = list(value)
-    else:
-        values = [value, value]
+    values = list(value) if isinstance(value, Sequence) else [value, value]
     if len(values) != 2 or any(not isinstance(v, int) or v < 1 for v in values):
         raise ValueError(
             f"{op}: {argument} is {value!r}, a positive integer or a pair of them is accepted"
