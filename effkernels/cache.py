@@ -2,9 +2,9 @@
 
 An entry is valid as long as every tensor it came from is the same memory at the same version:
 in-place updates and ``load_state_dict`` raise the version, ``.to`` and assignment change the
-memory. Optimizers with ``fused=True`` write without raising it (seen in torch 2.15), so a
-hook after every optimizer's step raises it for them. Like autograd, the cache cannot see a write through ``tensor.data`` or a NumPy view; after
-one, call :func:`clear_cache`.
+memory. Optimizers with ``fused=True`` write without raising it (seen in torch 2.15), so a hook
+after every optimizer's step raises it for them. Like autograd, the cache cannot see a write
+through ``tensor.data`` or a NumPy view; after one, call :func:`clear_cache`.
 """
 
 from __future__ import annotations

@@ -211,10 +211,12 @@ def _backward(arguments: list[Any], needed: list[bool], gradients: tuple[Any, ..
         before = _normalize(input, weight, bias, mean, var, residual, eps)
         gradient = activation_gradient(gradient.to(before.dtype), before, activation)
         gradient = gradient.to(input.dtype)
+    # PyTorch's formula takes parameters of the statistics' dtype, or all of the input's.
+    factor = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
     for_input, for_weight, for_bias = torch.ops.aten.native_batch_norm_backward(
         gradient,
         input,
-        weight,
+        factor,
         None,
         None,
         mean,
@@ -224,6 +226,10 @@ def _backward(arguments: list[Any], needed: list[bool], gradients: tuple[Any, ..
         [needed[0], needed[1], needed[2]],
     )
     for_residual = gradient if needed[5] else None
+    if for_weight is not None and weight is not None:
+        for_weight = for_weight.to(weight.dtype)
+    if for_bias is not None and bias is not None:
+        for_bias = for_bias.to(bias.dtype)
     return for_input, for_weight, for_bias, None, None, for_residual, None, None, None
 
 
