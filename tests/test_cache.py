@@ -107,14 +107,13 @@ def test_parameters_swapped_through_data(doubled):
 
 
 def test_a_new_tensor_at_a_recycled_address(doubled):
-    """Freed memory comes back at once; what lay there before must not."""
-    addresses = []
-    for built in range(1, 30):
-        weight = torch.full((64,), float(built))
-        addresses.append(weight.data_ptr())
+    """Freed memory comes back at once; what was made of its last owner must not."""
+    memory = bytearray(4 * 16)
+    for built in range(1, 5):
+        weight = torch.frombuffer(memory, dtype=torch.float32)  # a new storage, the same address
+        weight.fill_(built)
         doubled.assert_fresh(weight, built)
         del weight
-    assert len(set(addresses)) < len(addresses), "no address came back: nothing was tested"
 
 
 def test_views_are_told_apart(doubled):
@@ -265,9 +264,7 @@ def test_depthwise_taps(channels):
     assert not taps[:, channels:].any()
 
 
-@pytest.mark.skipif(
-    not ek.backends()["native"].available, reason=ek.backends()["native"].reason
-)
+@pytest.mark.skipif(not ek.backends()["native"].available, reason=ek.backends()["native"].reason)
 def test_a_trained_weight_is_packed_again():
     """The whole way: the native op after every kind of update."""
     weight = nn.Parameter(torch.randn(8, 3, 3, 3))

@@ -186,9 +186,7 @@ def test_unknown_names(monkeypatch):
         pass
     assert dispatch.requested() == "auto"
     monkeypatch.setenv("EFFKERNELS_BACKEND", "fast")
-    with pytest.raises(
-        ValueError, match=f"EFFKERNELS_BACKEND: unknown backend 'fast'; {accepted}"
-    ):
+    with pytest.raises(ValueError, match=f"EFFKERNELS_BACKEND: unknown backend 'fast'; {accepted}"):
         ops.silu(torch.zeros(2))
 
 

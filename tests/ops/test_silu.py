@@ -125,9 +125,7 @@ def through_pointwise(input: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def through_conv(input: torch.Tensor, name: str) -> torch.Tensor:
-    return ops.conv(
-        input.view(1, 1, 1, -1), input.new_ones(1, 1, 1, 1), activation=name
-    ).flatten()
+    return ops.conv(input.view(1, 1, 1, -1), input.new_ones(1, 1, 1, 1), activation=name).flatten()
 
 
 def through_batch_norm(input: torch.Tensor, name: str) -> torch.Tensor:
