@@ -1,0 +1,239 @@
+"""load_checkpoint: every format, strictness, and files that are no checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import efficientnet_lite_pytorch
+import efficientnet_pytorch
+import pytest
+import timm
+import torch
+import torchvision
+from effkernels.models import LoadResult, load_checkpoint
+from torch import Tensor, nn
+
+import effkernels as ek
+from tests.networks import assert_networks_agree, settle
+
+
+@pytest.fixture
+def network() -> nn.Module:
+    return ek.models.efficientnet_lite0(num_classes=3)
+
+
+def values(network: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+def assert_unchanged(network: nn.Module, before: dict[str, Tensor]) -> None:
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name]), f"{name} changed"
+
+
+def assert_loaded_like(network: nn.Module, theirs: nn.Module, size: int) -> None:
+    image = torch.randn(2, 3, size, size)
+    settle(theirs, image)
+    assert load_checkpoint(network, theirs.state_dict()) == LoadResult([], [])
+    assert_networks_agree(network, theirs, image, gradients=False)
+
+
+@pytest.mark.parametrize("name", ["efficientnet_b0", "efficientnet_b1"])
+def test_torchvision(name: str) -> None:
+    theirs = getattr(torchvision.models, name)(num_classes=4)
+    assert_loaded_like(ek.models.create_model(name, num_classes=4, bn_eps=1e-5), theirs, 64)
+
+
+def test_timm() -> None:
+    theirs = timm.create_model("tf_efficientnet_lite0", num_classes=4)
+    assert_loaded_like(ek.models.efficientnet_lite0(num_classes=4), theirs, 64)
+
+
+@pytest.mark.parametrize("name", ["efficientnet-b0", "efficientnet-b1"])
+def test_efficientnet_pytorch(name: str) -> None:
+    """Its SAME padding is fixed to the image size that it is built for."""
+    theirs = efficientnet_pytorch.EfficientNet.from_name(name, num_classes=4, image_size=64)
+    ours = ek.models.create_model(name.replace("-", "_"), num_classes=4, padding="same")
+    assert_loaded_like(ours, theirs, 64)
+
+
+def test_efficientnet_lite_pytorch() -> None:
+    theirs = efficientnet_lite_pytorch.EfficientNet.from_name("efficientnet-lite0")
+    size = 224  # the only one that its padding is made for
+    image = torch.randn(1, 3, size, size)
+    settle(theirs, image)
+    ours = ek.models.efficientnet_lite0()
+    load_checkpoint(ours, theirs.state_dict())
+    assert_networks_agree(ours, theirs, image, gradients=False)
+
+
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model", "model_state_dict"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+def test_round_trip_through_a_file(wrapper: str | None, prefix: str, tmp_path: Path) -> None:
+    source, target = (ek.models.efficientnet_lite0(num_classes=3) for _ in range(2))
+    state: dict[str, Any] = {prefix + name: value for name, value in source.state_dict().items()}
+    file = tmp_path / "checkpoint.pth"
+    torch.save(state if wrapper is None else {wrapper: state, "epoch": 3}, file)
+    assert load_checkpoint(target, file) == LoadResult([], [])
+    assert_unchanged(target, values(source))
+    load_checkpoint(copy.deepcopy(target), str(file))
+
+
+def test_other_dtypes_are_converted(network: nn.Module) -> None:
+    state = {name: value.to(torch.bfloat16) for name, value in network.state_dict().items()}
+    target = ek.models.efficientnet_lite0(num_classes=3)
+    load_checkpoint(target, state)
+    assert target.conv_stem.weight.dtype == torch.float32
+    assert torch.equal(target.conv_stem.weight, state["conv_stem.weight"].float())
+
+
+def test_models_without_a_head_leave_it_unread() -> None:
+    full = ek.models.efficientnet_lite0()
+    for network in (
+        ek.models.efficientnet_lite0(num_classes=0),
+        ek.models.efficientnet_lite0(features_only=True),
+    ):
+        assert load_checkpoint(network, full.state_dict()) == LoadResult([], [])
+        assert torch.equal(network.conv_stem.weight, full.conv_stem.weight)
+
+
+def test_counters_may_be_missing(network: nn.Module) -> None:
+    state = {k: v for k, v in network.state_dict().items() if "num_batches" not in k}
+    load_checkpoint(ek.models.efficientnet_lite0(num_classes=3), state)
+
+
+def change(name: str, value: Any = None) -> Any:
+    def apply(state: dict[str, Tensor]) -> None:
+        if value is None:
+            del state[name]
+        else:
+            state[name] = value
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("apply", "messages"),
+    [
+        (change("blocks.1.0.conv_dw.weight"), ["1 missing: blocks.1.0.conv_dw.weight"]),
+        (change("head.weight", torch.ones(2)), ["1 left over: head.weight"]),
+        (
+            change("classifier.weight", torch.ones(1000, 1280)),
+            ["1 misshapen: classifier.weight has shape (1000, 1280)", "(3, 1280)"],
+        ),
+        (
+            lambda state: state.clear() or state.update(a=torch.ones(1)),
+            ["294 missing: conv_stem.weight", "and 240 more", "1 left over: a"],
+        ),
+    ],
+    ids=["missing", "left over", "misshapen", "another network"],
+)
+def test_strict(network: nn.Module, apply: Any, messages: list[str], tmp_path: Path) -> None:
+    state = OrderedDict(ek.models.efficientnet_lite0(num_classes=3).state_dict())
+    apply(state)
+    file = tmp_path / "wrong.pth"
+    torch.save(state, file)
+    before = values(network)
+    with pytest.raises(RuntimeError) as raised:
+        load_checkpoint(network, file)
+    assert str(file) in str(raised.value)
+    for message in messages[-1:] if "294" in messages[0] else messages:
+        assert message in str(raised.value)
+    assert_unchanged(network, before)
+
+
+def test_another_variant_names_keys_and_shapes() -> None:
+    theirs = efficientnet_pytorch.EfficientNet.from_name("efficientnet-b2")
+    network = ek.models.efficientnet_b1()
+    before = values(network)
+    with pytest.raises(RuntimeError) as raised:
+        load_checkpoint(network, theirs.state_dict())
+    message = str(raised.value)
+    assert "_bn1.weight has shape (1408,), the model's bn2.weight has (1280,)" in message or (
+        "has shape" in message and "the model's blocks." in message
+    )
+    assert_unchanged(network, before)
+
+
+def test_not_strict(network: nn.Module) -> None:
+    state = ek.models.efficientnet_lite0(num_classes=3).state_dict()
+    del state["classifier.weight"]
+    state["extra"] = torch.ones(1)
+    result = load_checkpoint(network, state, strict=False)
+    assert result == LoadResult(["classifier.weight"], ["extra"])
+    state["bn1.weight"] = torch.ones(5)
+    before = values(network)
+    with pytest.raises(RuntimeError, match=r"bn1.weight has shape \(5,\)"):
+        load_checkpoint(network, state, strict=False)
+    assert_unchanged(network, before)
+
+
+class Payload:
+    def __reduce__(self) -> Any:
+        return (print, ("this must never run",))
+
+
+def test_files_that_are_no_checkpoint(
+    network: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = tmp_path / "good.pth"
+    torch.save(network.state_dict(), good)
+    content = good.read_bytes()
+    files = {
+        "truncated.pth": content[: len(content) // 2],
+        "stub.pth": content[:10],
+        "empty.pth": b"",
+        "text.pth": b"not a checkpoint\n" * 10,
+        "hostile.pth": pickle.dumps(Payload()),
+        "legacy.pth": pickle.dumps({"weights": [1, 2, 3]}),
+    }
+    before = values(network)
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match=name):
+            load_checkpoint(network, tmp_path / name)
+    assert "this must never run" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="checkpoint"):
+        load_checkpoint(network, tmp_path)  # a folder
+    with pytest.raises(FileNotFoundError, match=r"missing\.pth does not exist"):
+        load_checkpoint(network, tmp_path / "missing.pth")
+    assert_unchanged(network, before)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [[1, 2], torch.ones(3), {}, {"a": 1}, {1: torch.ones(1)}, {"epoch": 1, "net": {}}, "text"],
+    ids=str,
+)
+def test_pickles_that_hold_something_else(network: nn.Module, content: Any, tmp_path: Path) -> None:
+    file = tmp_path / "other.pth"
+    torch.save(content, file)
+    with pytest.raises(ValueError, match=r"other\.pth holds"):
+        load_checkpoint(network, file)
+
+
+def test_wrong_arguments(network: nn.Module) -> None:
+    with pytest.raises(TypeError, match="checkpoint is int"):
+        load_checkpoint(network, 5)  # type: ignore[arg-type]
+    with torch.device("meta"):
+        empty = ek.models.efficientnet_lite0(num_classes=3)
+    with pytest.raises(ValueError, match="meta"):
+        load_checkpoint(empty, network.state_dict())
+    state = network.state_dict()
+    state["module.bn1.weight"] = state["bn1.weight"]
+    with pytest.raises(RuntimeError, match=r"left over: module\.bn1\.weight"):
+        load_checkpoint(network, state)
+
+
+def test_loading_is_seen_by_the_next_call() -> None:
+    first, second = (ek.models.efficientnet_lite0(num_classes=3).eval() for _ in range(2))
+    image = torch.randn(1, 3, 40, 40)
+    with torch.no_grad():
+        due = second(image)
+        assert not torch.equal(first(image), due)
+        load_checkpoint(first, second.state_dict())
+        assert torch.equal(first(image), due)
