@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
@@ -87,7 +88,10 @@ def load_photo(path: str | os.PathLike[str]) -> Image.Image:
         raise FileNotFoundError(f"photo: {path} does not exist")
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8, not scale them
+                upright = Image.fromarray((np.asarray(upright) // 257).astype(np.uint8))
+            return upright.convert("RGB")
     except Image.UnidentifiedImageError as error:
         raise ValueError(f"photo: {path} is not an image in a format that Pillow reads") from error
     except Exception as error:  # each of Pillow's decoders has its own errors
