@@ -1,11 +1,11 @@
-// batch_norm_act: output[p, c] = activation((input[p, c] - mean[c]) / sqrt(var[c] + eps) * weight[c]
+// batch_norm_act: output[p, c] = activation((input[p, c] - mean[c]) / sqrt(var[c] + eps) *
+// weight[c]
 //                                          + bias[c] + residual[p, c])
 //
 // Layout NHWC, p over all pixels of all images. Inference moves input and output once. Training
 // reads the input once more for the statistics: blocks of pixels, each around its own mean so
 // that no large number is subtracted from another, joined in double in a fixed order.
 #include "batch_norm_act/batch_norm_act.h"
-
 #include "common/activation.h"
 #include "common/scratch.h"
 

@@ -30,9 +30,8 @@ using OptionalTensor = std::optional<Tensor>;
 Parallel torch_threads() {
   return {static_cast<int64_t>(torch::stable::get_num_threads()),
           [](int64_t tasks, void (*body)(void*, int64_t, int64_t), void* context) {
-            torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-              body(context, begin, end);
-            });
+            torch::stable::parallel_for(
+                0, tasks, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
           }};
 }
 
@@ -47,9 +46,13 @@ DType dtype_of(const Tensor& tensor) {
   }
 }
 
-const float* floats(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
+const float* floats(const Tensor& tensor) {
+  return static_cast<const float*>(tensor.const_data_ptr());
+}
 const float* floats(const OptionalTensor& tensor) { return tensor ? floats(*tensor) : nullptr; }
-const void* data(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
+const void* data(const OptionalTensor& tensor) {
+  return tensor ? tensor->const_data_ptr() : nullptr;
+}
 
 Images images_of(const Tensor& tensor) {  // [N, C, H, W] by shape
   return {tensor.size(0), tensor.size(2), tensor.size(3), tensor.size(1)};
@@ -73,9 +76,8 @@ Epilogue epilogue_of(const OptionalTensor& scale, const OptionalTensor& bias, in
 SqueezeExciteWeights gate_of(const Tensor& reduce_weight, const OptionalTensor& reduce_bias,
                              const Tensor& expand_weight, const OptionalTensor& expand_bias,
                              int64_t activation, int64_t gate_activation) {
-  return {reduce_weight.size(1),  reduce_weight.size(0),
-          floats(reduce_weight),  floats(reduce_bias),
-          floats(expand_weight),  floats(expand_bias),
+  return {reduce_weight.size(1),     reduce_weight.size(0),         floats(reduce_weight),
+          floats(reduce_bias),       floats(expand_weight),         floats(expand_bias),
           activation_of(activation), activation_of(gate_activation)};
 }
 
@@ -139,8 +141,8 @@ void squeeze_excite(Tensor output, Tensor input, Tensor reduce_weight, OptionalT
   args.output = output.mutable_data_ptr();
   args.input = input.const_data_ptr();
   args.in = images_of(input);
-  args.weights = gate_of(reduce_weight, reduce_bias, expand_weight, expand_bias, activation,
-                         gate_activation);
+  args.weights =
+      gate_of(reduce_weight, reduce_bias, expand_weight, expand_bias, activation, gate_activation);
   args.parallel = torch_threads();
   squeeze_excite_cpu(args);
 }
@@ -152,8 +154,8 @@ void squeeze_excite_gate(Tensor gate, Tensor mean, Tensor reduce_weight, Optiona
   args.gate = static_cast<float*>(gate.mutable_data_ptr());
   args.mean = floats(mean);
   args.count = mean.size(0);
-  args.weights = gate_of(reduce_weight, reduce_bias, expand_weight, expand_bias, activation,
-                         gate_activation);
+  args.weights =
+      gate_of(reduce_weight, reduce_bias, expand_weight, expand_bias, activation, gate_activation);
   args.parallel = torch_threads();
   squeeze_excite_gate_cpu(args);
 }

@@ -19,8 +19,8 @@
 namespace effkernels {
 namespace EFFKERNELS_ISA {
 
-constexpr float kLargest = 87.0f;                    // exp(-x) and its inverse are normal below
-constexpr float kUnscale = 1.0f / 4294967296.0f;     // 2^-32
+constexpr float kLargest = 87.0f;                 // exp(-x) and its inverse are normal below
+constexpr float kUnscale = 1.0f / 4294967296.0f;  // 2^-32
 
 // exp(-q) for |q| <= ln(2) / 2.
 EFFKERNELS_INLINE Vec exp_minus_small(Vec q) {

@@ -154,9 +154,9 @@ inline void gemm(const GemmShape& shape, const float* packed, const Epilogue& ep
   const int64_t panels = ceil_div(shape.channels, kPanel);
   const T* residual = static_cast<const T*>(epilogue.residual);
   parallel_for(parallel, shape.images * chunks * groups, [&](int64_t begin, int64_t end) {
-    float* buffer = shape.buffered ? scratch(ScratchUse::kPanelRows,
-                                             static_cast<size_t>(size * shape.depth))
-                                   : nullptr;
+    float* buffer = shape.buffered
+                        ? scratch(ScratchUse::kPanelRows, static_cast<size_t>(size * shape.depth))
+                        : nullptr;
     for (int64_t task = begin; task < end; task++) {
       const int64_t group = task % groups, image = task / groups / chunks;
       const int64_t index = task / groups % chunks, first = index * size;

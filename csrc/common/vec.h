@@ -228,8 +228,8 @@ struct Vec {
   }
 };
 
-#define EFFKERNELS_EACH(expression)                    \
-  Vec r;                                               \
+#define EFFKERNELS_EACH(expression)                        \
+  Vec r;                                                   \
   for (int i = 0; i < Vec::size; i++) r.v[i] = expression; \
   return r
 EFFKERNELS_INLINE Vec operator+(Vec a, Vec b) { EFFKERNELS_EACH(a.v[i] + b.v[i]); }

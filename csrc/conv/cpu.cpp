@@ -3,9 +3,8 @@
 // Layout NHWC: a matrix product (common/gemm.h) whose rows are the windows of the output's pixels,
 // written to L2 a chunk at a time: one store per multiply-add and output channel, so 1/32 of the
 // work for EfficientNet's stem and less elsewhere.
-#include "conv/conv.h"
-
 #include "common/gemm.h"
+#include "conv/conv.h"
 
 namespace effkernels {
 namespace EFFKERNELS_ISA {

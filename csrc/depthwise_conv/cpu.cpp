@@ -4,11 +4,10 @@
 // operations a value: bound by L1 loads (one per fma). Rows of the output are independent tasks.
 // The mean comes from per-row sums, added in the order of the rows, so that it does not depend on
 // how many threads ran.
-#include "depthwise_conv/depthwise_conv.h"
-
 #include "common/reduce.h"
 #include "common/scratch.h"
 #include "common/window.h"
+#include "depthwise_conv/depthwise_conv.h"
 
 namespace effkernels {
 namespace EFFKERNELS_ISA {

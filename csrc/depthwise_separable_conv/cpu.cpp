@@ -1,4 +1,5 @@
-// depthwise_separable_conv: output = project(pointwise_weight * depthwise(depthwise_weight (*) input))
+// depthwise_separable_conv: output = project(pointwise_weight * depthwise(depthwise_weight (*)
+// input))
 //
 // The block of mbconv/cpu.cpp without expansion and gate: the depthwise result of one image stays
 // in its scratch. Moves input, output and that scratch once.

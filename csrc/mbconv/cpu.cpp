@@ -21,12 +21,11 @@
 // hidden stays in its L2.
 //
 // Ladder (EfficientNet-B0, batch 1, one thread): see the README's table and CHANGELOG.
-#include "mbconv/mbconv.h"
-
 #include "common/gate.h"
 #include "common/gemm.h"
 #include "common/reduce.h"
 #include "common/window.h"
+#include "mbconv/mbconv.h"
 
 namespace effkernels {
 namespace EFFKERNELS_ISA {
@@ -160,8 +159,8 @@ void run_image(const MBConvArgs& args, int64_t index, const Parallel& parallel) 
   const T* input = static_cast<const T*>(args.input) + index * args.in.size();
   const int64_t converted = std::is_same_v<T, float> ? 0 : round_up(args.in.size(), 16);
   const int64_t sums = args.squeeze_excite ? round_up((args.out_height + 2) * expanded, 16) : 0;
-  float* buffer = scratch(ScratchUse::kBlock,
-                          static_cast<size_t>(converted + sums + pixels * expanded));
+  float* buffer =
+      scratch(ScratchUse::kBlock, static_cast<size_t>(converted + sums + pixels * expanded));
   float* row_sums = args.squeeze_excite ? buffer + converted : nullptr;
   float* hidden = buffer + converted + sums;
   const float* image;
@@ -184,7 +183,8 @@ void run_image(const MBConvArgs& args, int64_t index, const Parallel& parallel) 
   }
   const int64_t output = index * pixels * args.out_channels;
   Epilogue project = args.project;
-  if (project.residual != nullptr) project.residual = static_cast<const T*>(project.residual) + output;
+  if (project.residual != nullptr)
+    project.residual = static_cast<const T*>(project.residual) + output;
   const GemmShape shape{1, pixels, expanded, args.out_channels, false};
   pointwise_gemm<float, T>(shape, hidden, gate, args.project_weight, project,
                            static_cast<T*>(args.output) + output, nullptr, parallel);
@@ -204,7 +204,9 @@ void run(const MBConvArgs& args) {
 
 }  // namespace
 
-void mbconv(const MBConvArgs& args) { args.dtype == DType::f32 ? run<float>(args) : run<bf16>(args); }
+void mbconv(const MBConvArgs& args) {
+  args.dtype == DType::f32 ? run<float>(args) : run<bf16>(args);
+}
 
 }  // namespace EFFKERNELS_ISA
 }  // namespace effkernels

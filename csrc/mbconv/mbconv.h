@@ -10,8 +10,8 @@ struct MBConvArgs {
   void* output;       // [count, out_height, out_width, out_channels]
   const void* input;  // [count, height, width, channels]
   Images in;
-  int64_t expanded;             // channels of the depthwise convolution
-  const float* expand_weight;   // panels (common/gemm.h), or null: expanded = channels
+  int64_t expanded;            // channels of the depthwise convolution
+  const float* expand_weight;  // panels (common/gemm.h), or null: expanded = channels
   Epilogue expand;
   const float* depthwise_weight;  // [kernel_h * kernel_w, expanded rounded up to kPanel]
   Geometry geometry;

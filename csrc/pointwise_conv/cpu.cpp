@@ -1,13 +1,13 @@
-// pointwise_conv: output[n, p, k] = epilogue(sum over c of weight[k, c] * gate[n, c] * input[n, p, c])
+// pointwise_conv: output[n, p, k] = epilogue(sum over c of weight[k, c] * gate[n, c] * input[n, p,
+// c])
 //
 // Layout NHWC: the pixels p are the rows of a matrix product (common/gemm.h). Moves input and
 // output once and every weight panel once per chunk of rows; 2 * channels operations a value.
 // A gate or bf16 input goes through a chunk of float32 rows in L2, once per chunk and not per
 // panel: 1 / out_channels of the product's work.
-#include "pointwise_conv/pointwise_conv.h"
-
 #include "common/gemm.h"
 #include "common/reduce.h"
+#include "pointwise_conv/pointwise_conv.h"
 
 namespace effkernels {
 namespace EFFKERNELS_ISA {
@@ -15,7 +15,8 @@ namespace {
 
 template <class T>
 void run(const PointwiseConvArgs& args) {
-  const GemmShape shape{args.in.count, args.in.pixels(), args.in.channels, args.out_channels, false};
+  const GemmShape shape{args.in.count, args.in.pixels(), args.in.channels, args.out_channels,
+                        false};
   const int64_t chunks = ceil_div(shape.rows, chunk_rows(shape.depth));
   float* sums = nullptr;
   if (args.mean != nullptr) {

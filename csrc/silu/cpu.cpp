@@ -2,9 +2,8 @@
 //
 // Moves input and output once; about 20 operations a vector for silu (common/activation.h), so it
 // runs at memory speed beyond the caches.
-#include "silu/silu.h"
-
 #include "common/activation.h"
+#include "silu/silu.h"
 
 namespace effkernels {
 namespace EFFKERNELS_ISA {

@@ -3,10 +3,9 @@
 //
 // Layout NHWC. The gate reads 2 * reduced * channels weights once per image (common/gate.h). The
 // whole op reads the input twice, for the mean and for the product, and writes once.
-#include "squeeze_excite/squeeze_excite.h"
-
 #include "common/gate.h"
 #include "common/reduce.h"
+#include "squeeze_excite/squeeze_excite.h"
 
 namespace effkernels {
 namespace EFFKERNELS_ISA {
@@ -29,7 +28,8 @@ void run(const SqueezeExciteArgs& args) {
     parallel_for(args.parallel, tasks, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; task++) {
         const int64_t first = task % blocks * kPixelBlock;
-        body(task, (task / blocks * pixels + first) * channels, min_of(kPixelBlock, pixels - first));
+        body(task, (task / blocks * pixels + first) * channels,
+             min_of(kPixelBlock, pixels - first));
       }
     });
   };
@@ -46,8 +46,8 @@ void run(const SqueezeExciteArgs& args) {
   });
   parallel_for(args.parallel, in.count, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; n++) {
-      reduce_rows(sums + n * blocks * channels, blocks, channels,
-                  1.0f / static_cast<float>(pixels), means + n * channels);
+      reduce_rows(sums + n * blocks * channels, blocks, channels, 1.0f / static_cast<float>(pixels),
+                  means + n * channels);
       gate_row(args.weights, means + n * channels, gates + n * channels);
     }
   });
