@@ -50,7 +50,7 @@ typecheck: $(VENV)/.dev
 	@ln -s $(CURDIR)/effkernels/* build/typecheck/effkernels/
 	@ln -s $(CURDIR)/models build/typecheck/effkernels/models
 	cd build/typecheck && $(CURDIR)/$(BIN)/mypy --config-file ../../pyproject.toml \
-	    --cache-dir ../../.mypy_cache -p effkernels
+	    --cache-dir ../mypy-cache -p effkernels
 	$(BIN)/mypy build_tools
 
 format: $(VENV)/.dev

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .build_info import why_not_built
 from .cache import cached
 from .layout import empty_nhwc, nhwc, output_size
 
@@ -31,9 +32,11 @@ _ACTIVATION_CODES = {
 
 def _load() -> str | None:
     """Load the library; None, or why there is none."""
-    path = Path(os.environ.get("EFFKERNELS_LIBRARY") or Path(__file__).with_name("_cpu.so"))
+    override = os.environ.get("EFFKERNELS_LIBRARY")
+    path = Path(override or Path(__file__).with_name("_cpu.so"))
     if not path.exists():
-        return f"the CPU kernels were not built ({path} is missing)"
+        reason = f"{path} is missing" if override else why_not_built("cpu")
+        return f"the CPU kernels were not built: {reason}"
     try:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:

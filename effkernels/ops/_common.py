@@ -125,8 +125,8 @@ def resolve_padding(
     if padding == "symmetric":
         vertical, horizontal = reach[0] // 2, reach[1] // 2
         return [horizontal, horizontal, vertical, vertical]
+    sides: list[Any] = []
     if padding == "same":
-        sides = []
         for axis in (1, 0):
             outputs = (size[axis] + stride[axis] - 1) // stride[axis]
             total = max((outputs - 1) * stride[axis] + reach[axis] + 1 - size[axis], 0)
@@ -134,12 +134,10 @@ def resolve_padding(
         return sides
     if isinstance(padding, int):
         sides = [padding] * 4
-    elif isinstance(padding, str) or not isinstance(padding, Sequence):
-        sides = []
-    elif len(padding) == 2:
-        sides = [padding[1], padding[1], padding[0], padding[0]]
-    else:
+    elif isinstance(padding, Sequence) and not isinstance(padding, str):
         sides = list(padding)
+        if len(sides) == 2:
+            sides = [sides[1], sides[1], sides[0], sides[0]]
     if len(sides) != 4 or any(not isinstance(s, (int, torch.SymInt)) or s < 0 for s in sides):
         raise ValueError(
             f"{op}: padding is {padding!r}; accepted are 'symmetric', 'same', a non-negative "
