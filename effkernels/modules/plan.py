@@ -24,6 +24,8 @@ _WATCHED = (
     "stride",
     "padding",
     "dilation",
+    "groups",
+    "padding_mode",
     "eps",
     "track_running_stats",
     "has_residual",
@@ -39,10 +41,12 @@ class Plan:
 
     __slots__ = (
         "_children",
+        "_classes",
         "_entries",
         "_generation",
         "_hooks",
         "_kept",
+        "_modules",
         "_pointers",
         "_run",
         "_tensors",
@@ -56,7 +60,9 @@ class Plan:
         self._entries: list[tuple[dict, str, object]] = []
         self._hooks: list[dict] = []
         tensors: list[Tensor] = []
-        for module in block.modules():
+        self._modules = tuple(block.modules())
+        self._classes = tuple(map(type, self._modules))
+        for module in self._modules:
             state = module.__dict__
             self._entries.append((state, "forward", state.get("forward")))
             self._entries += [(state, name, state[name]) for name in _WATCHED if name in state]
@@ -86,7 +92,8 @@ class Plan:
         if any(self._hooks) or has_global_hooks():
             return False
         return (
-            tuple(map(_data_ptr, self._tensors)) == self._pointers
+            tuple(map(type, self._modules)) == self._classes
+            and tuple(map(_data_ptr, self._tensors)) == self._pointers
             and tuple(map(_version, self._tensors)) == self._versions
         )
 
