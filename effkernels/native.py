@@ -177,12 +177,23 @@ def pointwise_conv(
     activation: str,
     return_mean: bool,
 ) -> tuple[Tensor, Tensor]:
-    output = empty_nhwc(input, weight.shape[0], *input.shape[2:])
-    mean = torch.empty(output.shape[:2] if return_mean else 0, dtype=input.dtype)
-    torch.ops.effkernels_cpu.pointwise_conv(
-        output,
-        mean if return_mean else None,
-        nhwc(input),
+    return prepare_pointwise_conv(
+        input, weight, scale, bias, gate, residual, activation, return_mean
+    )(input)
+
+
+def prepare_pointwise_conv(
+    example: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    return_mean: bool,
+) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """The op with everything but its input bound; see :func:`prepare_mbconv`."""
+    arguments = (
         _gemm_panels(weight),
         _float32(scale),
         _float32(bias),
@@ -190,11 +201,24 @@ def pointwise_conv(
         None if residual is None else nhwc(residual),
         _ACTIVATION_CODES[activation],
     )
-    return output, mean
+    channels = weight.shape[0]
+    op = torch.ops.effkernels_cpu.pointwise_conv.default
+
+    def run(input: Tensor) -> tuple[Tensor, Tensor]:
+        output = empty_nhwc(input, channels, *input.shape[2:])
+        mean = torch.empty(output.shape[:2] if return_mean else 0, dtype=input.dtype)
+        op(output, mean if return_mean else None, nhwc(input), *arguments)
+        return output, mean
+
+    return run
 
 
-def conv(
-    input: Tensor,
+def conv(input: Tensor, *arguments: Any) -> Tensor:
+    return prepare_conv(input, *arguments)(input)
+
+
+def prepare_conv(
+    example: Tensor,
     weight: Tensor,
     scale: Tensor | None,
     bias: Tensor | None,
@@ -203,16 +227,10 @@ def conv(
     dilation: list[int],
     residual: Tensor | None,
     activation: str,
-) -> Tensor:
+) -> Callable[[Tensor], Tensor]:
+    """The op with everything but its input bound; see :func:`prepare_mbconv`."""
     geometry = _geometry(weight, stride, padding, dilation)
-    output = empty_nhwc(
-        input,
-        weight.shape[0],
-        *output_size(input.shape[2:], geometry[:2], stride, padding, dilation),
-    )
-    torch.ops.effkernels_cpu.conv(
-        output,
-        nhwc(input),
+    arguments = (
         _gemm_panels(weight),
         _float32(scale),
         _float32(bias),
@@ -220,7 +238,16 @@ def conv(
         None if residual is None else nhwc(residual),
         _ACTIVATION_CODES[activation],
     )
-    return output
+    channels = weight.shape[0]
+    size = output_size(example.shape[2:], geometry[:2], stride, padding, dilation)
+    op = torch.ops.effkernels_cpu.conv.default
+
+    def run(input: Tensor) -> Tensor:
+        output = empty_nhwc(input, channels, *size)
+        op(output, nhwc(input), *arguments)
+        return output
+
+    return run
 
 
 def squeeze_excite(
@@ -346,9 +373,7 @@ def depthwise_separable_conv(
 
 
 def mbconv(input: Tensor, *arguments: Any) -> Tensor:
-    output = prepare_mbconv(input, *arguments)(input)
-    assert output is not None
-    return output
+    return prepare_mbconv(input, *arguments)(input)
 
 
 def prepare_mbconv(
@@ -374,10 +399,9 @@ def prepare_mbconv(
     se_activation: str,
     gate_activation: str,
     project_activation: str,
-) -> Callable[[Tensor], Tensor | None]:
-    """The op with everything but its input bound, for inputs like ``example``.
-
-    What is returned gives None for an input of another shape (but for the batch), dtype or device.
+) -> Callable[[Tensor], Tensor]:
+    """The op with everything but its input bound, for inputs of ``example``'s shape (but for the
+    batch), dtype and device.
     """
     weights = (
         None if expand_weight is None else _gemm_panels(expand_weight),
@@ -397,14 +421,11 @@ def prepare_mbconv(
     geometry = _geometry(depthwise_weight, stride, padding, dilation)
     names = (activation, se_activation, gate_activation, project_activation)
     options = (geometry, residual, [_ACTIVATION_CODES[name] for name in names])
-    shape, dtype = example.shape[1:], example.dtype
-    size = output_size(shape[1:], geometry[:2], stride, padding, dilation)
+    size = output_size(example.shape[2:], geometry[:2], stride, padding, dilation)
     channels = project_weight.shape[0]
     op = torch.ops.effkernels_cpu.mbconv.default
 
-    def run(input: Tensor) -> Tensor | None:
-        if input.shape[1:] != shape or input.dtype is not dtype or not input.is_cpu:
-            return None
+    def run(input: Tensor) -> Tensor:
         output = empty_nhwc(input, channels, *size)
         op(output, nhwc(input), *weights, *options)
         return output

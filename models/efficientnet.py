@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 from effkernels.modules import MBConv, arguments
 from effkernels.modules.conv_norm_act import same_or_own_padding
-from effkernels.modules.fused import ConvNorm, conv_norm_act
+from effkernels.modules.fused import (
+    ConvNorm,
+    conv_norm_act,
+    prepare_conv_norm_act,
+    prepare_linear,
+)
+from effkernels.modules.hooks import is_untouched
+from effkernels.modules.plan import Planned, Run, prepare_block, prepare_chain
 
 from .scaling import scale_channels, scale_depth
 
@@ -117,7 +124,7 @@ def scaled_stages(variant: Variant) -> list[Stage]:
     return scaled
 
 
-class _Trunk(nn.Module):
+class _Trunk(Planned):
     """Stem and blocks: what the classifier and the feature extractor share."""
 
     def __init__(
@@ -162,8 +169,8 @@ class _Trunk(nn.Module):
             self.blocks.append(nn.Sequential(*blocks))
         self.stages = tuple(stages)
 
-    def _stem(self, input: Tensor) -> Tensor:
-        return conv_norm_act(input, ConvNorm(self.conv_stem, self.bn1, self.act1, self._same))
+    def _stem(self) -> ConvNorm:
+        return ConvNorm(self.conv_stem, self.bn1, self.act1, self._same)
 
 
 class EfficientNet(_Trunk):
@@ -222,15 +229,36 @@ class EfficientNet(_Trunk):
 
     def forward_features(self, input: Tensor) -> Tensor:
         """[N, C, H, W] -> pooled features [N, F]; the head's pooling is part of its 1×1."""
-        hidden = self.blocks(self._stem(input))
-        head = ConvNorm(self.conv_head, self.bn2, self.act2)
-        return conv_norm_act(hidden, head, return_mean=True)
+        hidden = self.blocks(conv_norm_act(input, self._stem()))
+        return conv_norm_act(hidden, self._head(), return_mean=True)
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] -> logits [N, num_classes], or with num_classes=0 features [N, F]."""
+        output = self.planned(input)
+        if output is not None:
+            return output
         features = self.forward_features(input)
         features = F.dropout(features, self.drop_rate, self.training)
         return self.classifier(features)
+
+    def _head(self) -> ConvNorm:
+        return ConvNorm(self.conv_head, self.bn2, self.act2)
+
+    def prepare(self, example: Tensor) -> Run | None:
+        """The network as a chain of native calls; see :class:`Planned`."""
+        if self.training and self.drop_rate > 0.0:
+            return None
+        containers = (self.blocks, *self.blocks)
+        if any(type(c) is not nn.Sequential or not is_untouched(c) for c in containers):
+            return None
+        makers: list[Callable[[Tensor], Run | None]] = [
+            partial(prepare_conv_norm_act, self._stem()),
+            *(partial(prepare_block, b) for stage in self.blocks for b in stage.children()),
+            partial(prepare_conv_norm_act, self._head(), return_mean=True),
+        ]
+        if type(self.classifier) is not nn.Identity or not is_untouched(self.classifier):
+            makers.append(partial(prepare_linear, self.classifier))
+        return prepare_chain(makers, example)
 
 
 class Feature(NamedTuple):
@@ -272,7 +300,7 @@ class EfficientNetFeatures(_Trunk):
 
     def forward(self, input: Tensor) -> list[Tensor]:
         """[N, C, H, W] -> maps [N, C_i, H / r_i, W / r_i] for r = 2, 4, 8, 16, 32."""
-        hidden = self._stem(input)
+        hidden = conv_norm_act(input, self._stem())
         wanted = [feature.stage for feature in self.feature_info]
         maps = []
         for index, stage in enumerate(self.blocks):

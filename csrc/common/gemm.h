@@ -12,6 +12,9 @@
 // tile does not divide are split evenly (7 = 4 + 3), never 6 + 1: a 1-row tile waits for its two
 // chains of fma.
 //
+// Tried: prefetching the panels 16 or 40 lines ahead. No difference on EfficientNet-B0, whose
+// weights come from the last cache: the hardware follows two sequential streams by itself.
+//
 // The sums leave the registers through a small tile on the stack: the epilogue then is one
 // function, whatever the tile. A store and a load per vector, against a fma per value of depth.
 #pragma once
@@ -89,16 +92,18 @@ inline GemmTile tile_for(int64_t rows) {
   }
 }
 
-// `rows` rows of A times up to kTileChannels output channels, tile by tile: finish(row, count,
-// tile) is called for each with its raw sums.
+// Register tiles whose sums are finished together, so that the epilogue's loops are long.
+constexpr int kBatch = 4;
+
+// `rows` rows of A times up to kTileChannels output channels: finish(row, count, sums) is called
+// for a few tiles at a time with their raw sums, [count, kTileChannels].
 template <class Finish>
 inline void gemm_rows(const float* a, int64_t a_stride, int64_t rows, const float* panels,
                       int64_t panel_count, int64_t depth, Finish&& finish) {
-  alignas(64) float tile[kTileRows * kTileChannels];
+  alignas(64) float sums[kBatch * kTileRows * kTileChannels];
   const int64_t tiles = ceil_div(rows, kTileRows);
   const int64_t size = tiles == 0 ? 0 : rows / tiles;
   const int64_t larger = rows - size * tiles;  // the first `larger` tiles have one row more
-  int64_t row = 0;
   GemmTile functions[2];
   if constexpr (kTileChannels == 2 * kPanel) {
     if (panel_count == 2) {
@@ -110,10 +115,15 @@ inline void gemm_rows(const float* a, int64_t a_stride, int64_t rows, const floa
     functions[0] = tile_for<1, kTileRows>(size);
     functions[1] = tile_for<1, kTileRows>(size + (larger > 0));
   }
-  for (int64_t t = 0; t < tiles; t++) {
-    const int64_t count = size + (t < larger);
-    functions[t < larger](a + row * a_stride, a_stride, panels, depth, tile);
-    finish(row, count, tile);
+  int64_t row = 0;
+  for (int64_t t = 0; t < tiles;) {
+    int64_t count = 0;
+    for (const int64_t end = min_of(tiles, t + kBatch); t < end; t++) {
+      functions[t < larger](a + (row + count) * a_stride, a_stride, panels, depth,
+                            sums + count * kTileChannels);
+      count += size + (t < larger);
+    }
+    finish(row, count, sums);
     row += count;
   }
 }

@@ -12,6 +12,7 @@ namespace effkernels {
 namespace EFFKERNELS_ISA {
 
 constexpr int kTilePixels = 8;
+constexpr int kRowPixels = 64;  // outputs whose sums are finished together
 
 // tile[t * Vec::size] = sum over taps (y, x in [x_begin, x_end)) of
 //   weight[(y * kernel_w + x) * weight_stride] * rows[y][x * tap_step + t * pixel_step]
@@ -69,35 +70,32 @@ inline void window_row(const T* image, const Images& in, const Geometry& g, int6
   const int64_t room = in.width - 1 - reach + g.left;
   const int64_t inner_end =
       max_of(inner_begin, room < 0 ? 0 : min_of(out_width, room / g.stride_w + 1));
-  alignas(64) float tile[kTilePixels * Vec::size];
+  alignas(64) float sums[kRowPixels * Vec::size];
   for (int64_t c = 0; c < in.channels; c += Vec::size) {
     const int64_t valid = min_of(in.channels - c, Vec::size);
-    const auto finish = [&](int64_t x, int64_t count) {
-      finish_rows<Out>(tile, Vec::size, count, valid, epilogue, c, static_cast<const Out*>(nullptr),
-                       out + x * pixel + c, pixel, sum == nullptr ? nullptr : sum + c);
-    };
-    const auto border = [&](int64_t x) {
-      const int64_t start = x * g.stride_w - g.left;
-      const int64_t x_begin = start >= 0 ? 0 : ceil_div(-start, g.dilation_w);
-      const int64_t last = in.width - 1 - start;  // the furthest reach inside the image
-      const int64_t x_end = last < 0 ? 0 : min_of(g.kernel_w, last / g.dilation_w + 1);
-      window_tile<1>(rows, start * pixel + c, g, min_of(x_begin, x_end), x_end, tap_step,
-                     pixel_step, weight + c, weight_stride, valid, tile);
-      finish(x, 1);
-    };
-    int64_t x = 0;
-    for (; x < inner_begin; x++) border(x);
-    for (; x + kTilePixels <= inner_end; x += kTilePixels) {
-      window_tile<kTilePixels>(rows, (x * g.stride_w - g.left) * pixel + c, g, 0, g.kernel_w,
-                               tap_step, pixel_step, weight + c, weight_stride, valid, tile);
-      finish(x, kTilePixels);
+    for (int64_t begin = 0; begin < out_width; begin += kRowPixels) {
+      const int64_t end = min_of(out_width, begin + kRowPixels);
+      int64_t x = begin;
+      while (x < end) {
+        float* tile = sums + (x - begin) * Vec::size;
+        const int64_t start = x * g.stride_w - g.left;
+        if (x >= inner_begin && x + kTilePixels <= min_of(inner_end, end)) {
+          window_tile<kTilePixels>(rows, start * pixel + c, g, 0, g.kernel_w, tap_step, pixel_step,
+                                   weight + c, weight_stride, valid, tile);
+          x += kTilePixels;
+          continue;
+        }
+        const int64_t last = in.width - 1 - start;  // the furthest reach inside the image
+        const int64_t x_end = last < 0 ? 0 : min_of(g.kernel_w, last / g.dilation_w + 1);
+        const int64_t x_begin = start >= 0 ? 0 : ceil_div(-start, g.dilation_w);
+        window_tile<1>(rows, start * pixel + c, g, min_of(x_begin, x_end), x_end, tap_step,
+                       pixel_step, weight + c, weight_stride, valid, tile);
+        x++;
+      }
+      finish_rows<Out>(sums, Vec::size, end - begin, valid, epilogue, c,
+                       static_cast<const Out*>(nullptr), out + begin * pixel + c, pixel,
+                       sum == nullptr ? nullptr : sum + c);
     }
-    for (; x < inner_end; x++) {
-      window_tile<1>(rows, (x * g.stride_w - g.left) * pixel + c, g, 0, g.kernel_w, tap_step,
-                     pixel_step, weight + c, weight_stride, valid, tile);
-      finish(x, 1);
-    }
-    for (; x < out_width; x++) border(x);
   }
 }
 
@@ -108,32 +106,35 @@ inline void padded_window_row(const float* const* rows, const Geometry& g, int64
                               const float* weight, int64_t weight_stride, int64_t channels,
                               const Epilogue& epilogue, int64_t first_channel, float* out,
                               int64_t out_stride, float* sum) {
-  alignas(64) float tile[kTilePixels * Vec::size];
+  alignas(64) float sums[kRowPixels * Vec::size];
   const int64_t tap_step = g.dilation_w * kPixel;
-  for (int64_t c = 0; c < channels; c += Vec::size) {
-    const int64_t valid = min_of(channels - c, Vec::size);
-    const auto run = [&](auto count, int64_t x, int64_t step) EFFKERNELS_LAMBDA_INLINE {
+  const auto tiles = [&](auto count, int64_t x, int64_t c, float* tile) {
+    const auto run = [&](int64_t step) EFFKERNELS_LAMBDA_INLINE {
       window_tile<decltype(count)::value>(rows, x * step + c, g, 0, g.kernel_w, tap_step, step,
                                           weight + c, weight_stride, Vec::size, tile);
     };
-    const auto tiles = [&](auto count, int64_t x) {
-      if (g.stride_w == 1) {
-        run(count, x, kPixel);
-      } else if (g.stride_w == 2) {
-        run(count, x, 2 * kPixel);
-      } else {
-        run(count, x, g.stride_w * kPixel);
-      }
-      finish_rows<float>(tile, Vec::size, decltype(count)::value, valid, epilogue,
-                         first_channel + c, nullptr, out + x * out_stride + c, out_stride,
-                         sum == nullptr ? nullptr : sum + c);
-    };
-    int64_t x = 0;
-    for (; x + kTilePixels <= out_width; x += kTilePixels) {
-      tiles(std::integral_constant<int, kTilePixels>{}, x);
+    if (g.stride_w == 1) {
+      run(kPixel);
+    } else if (g.stride_w == 2) {
+      run(2 * kPixel);
+    } else {
+      run(g.stride_w * kPixel);
     }
-    for (; x + 4 <= out_width; x += 4) tiles(std::integral_constant<int, 4>{}, x);
-    for (; x < out_width; x++) tiles(std::integral_constant<int, 1>{}, x);
+  };
+  for (int64_t c = 0; c < channels; c += Vec::size) {
+    for (int64_t begin = 0; begin < out_width; begin += kRowPixels) {
+      const int64_t end = min_of(out_width, begin + kRowPixels);
+      int64_t x = begin;
+      const auto tile = [&] { return sums + (x - begin) * Vec::size; };
+      for (; x + kTilePixels <= end; x += kTilePixels) {
+        tiles(std::integral_constant<int, kTilePixels>{}, x, c, tile());
+      }
+      for (; x + 4 <= end; x += 4) tiles(std::integral_constant<int, 4>{}, x, c, tile());
+      for (; x < end; x++) tiles(std::integral_constant<int, 1>{}, x, c, tile());
+      finish_rows<float>(sums, Vec::size, end - begin, min_of(channels - c, Vec::size), epilogue,
+                         first_channel + c, nullptr, out + begin * out_stride + c, out_stride,
+                         sum == nullptr ? nullptr : sum + c);
+    }
   }
 }
 

@@ -15,8 +15,9 @@
 // (k + few rows of W pixels of one panel: 20-60 KB) stays in L1/L2. The depthwise epilogue leaves
 // one sum per output row, from which the mean is added up in a fixed order: results do not depend
 // on bands or threads.
-// The gate cuts the block: hidden must be complete before the project product starts, which
-// multiplies the gate into its rows chunk by chunk (common/gemm.h).
+// The gate cuts the block: hidden must be complete before the project product starts. It is then
+// multiplied into the project's weights, or where those are the larger (7x7 pixels), into hidden's
+// rows chunk by chunk (common/gemm.h).
 // With at least as many images as threads every thread takes whole images: nothing is shared,
 // hidden stays in its L2.
 //
@@ -153,16 +154,34 @@ void hidden_rows(const MBConvArgs& args, const float* image, float* hidden, floa
   });
 }
 
+// Packed weights times the gate of their input channels.
+void gate_panels(const float* packed, const float* gate, int64_t depth, int64_t channels,
+                 float* out) {
+  for (int64_t panel = 0; panel < ceil_div(channels, kPanel); panel++) {
+    for (int64_t c = 0; c < depth; c++) {
+      const Vec factor = Vec::set1(gate[c]);
+      const int64_t at = (panel * depth + c) * kPanel;
+      for (int64_t k = at; k < at + kPanel; k += Vec::size) {
+        (Vec::load(packed + k) * factor).store(out + k);
+      }
+    }
+  }
+}
+
 template <class T>
 void run_image(const MBConvArgs& args, int64_t index, const Parallel& parallel) {
   const int64_t pixels = args.out_height * args.out_width, expanded = args.expanded;
   const T* input = static_cast<const T*>(args.input) + index * args.in.size();
   const int64_t converted = std::is_same_v<T, float> ? 0 : round_up(args.in.size(), 16);
   const int64_t sums = args.squeeze_excite ? round_up((args.out_height + 2) * expanded, 16) : 0;
-  float* buffer =
-      scratch(ScratchUse::kBlock, static_cast<size_t>(converted + sums + pixels * expanded));
+  // The gate multiplies whichever is smaller: the project's weights once, or the rows of hidden.
+  const int64_t panels = round_up(args.out_channels, kPanel);
+  const int64_t gated = args.squeeze_excite && panels < pixels ? panels * expanded : 0;
+  float* buffer = scratch(ScratchUse::kBlock,
+                          static_cast<size_t>(converted + sums + gated + pixels * expanded));
   float* row_sums = args.squeeze_excite ? buffer + converted : nullptr;
-  float* hidden = buffer + converted + sums;
+  float* gated_weight = buffer + converted + sums;
+  float* hidden = gated_weight + gated;
   const float* image;
   if constexpr (std::is_same_v<T, float>) {
     image = input;
@@ -174,19 +193,26 @@ void run_image(const MBConvArgs& args, int64_t index, const Parallel& parallel) 
     image = buffer;
   }
   hidden_rows(args, image, hidden, row_sums, parallel);
+  const float* weight = args.project_weight;
   float* gate = nullptr;
   if (args.squeeze_excite) {
     float* mean = row_sums + args.out_height * expanded;
     gate = mean + expanded;
     reduce_rows(row_sums, args.out_height, expanded, 1.0f / static_cast<float>(pixels), mean);
     gate_row(args.gate, mean, gate);
+    if (gated > 0) {
+      gate_panels(args.project_weight, gate, expanded, args.out_channels, gated_weight);
+      weight = gated_weight;
+      gate = nullptr;
+    }
   }
   const int64_t output = index * pixels * args.out_channels;
   Epilogue project = args.project;
-  if (project.residual != nullptr)
+  if (project.residual != nullptr) {
     project.residual = static_cast<const T*>(project.residual) + output;
+  }
   const GemmShape shape{1, pixels, expanded, args.out_channels, false};
-  pointwise_gemm<float, T>(shape, hidden, gate, args.project_weight, project,
+  pointwise_gemm<float, T>(shape, hidden, gate, weight, project,
                            static_cast<T*>(args.output) + output, nullptr, parallel);
 }
 

@@ -7,16 +7,20 @@ with a replaced ``forward`` is called as a module, so nothing that a user attach
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as _nn_module
 
 from .. import ops
 from ..cache import cached
-from ..ops._common import resolve_padding
+from ..native import prepare_conv, prepare_pointwise_conv
+from ..ops._common import Padding, resolve_padding
+from ..ops.conv import conv_arguments
+from ..ops.pointwise_conv import pointwise_conv_arguments
+from .hooks import has_global_hooks, is_untouched
 
 _ACTIVATION_NAMES: dict[type[nn.Module], str] = {
     nn.Identity: "none",
@@ -40,27 +44,6 @@ class ConvNorm(NamedTuple):
     norm: nn.Module
     activation: nn.Module
     same: tuple[int, int] | None = None
-
-
-def is_untouched(module: nn.Module) -> bool:
-    """Calling ``module`` would do what its class says and nothing else."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
-def has_global_hooks() -> bool:
-    """Some hook wants to see every module call of this process."""
-    return bool(
-        _nn_module._global_forward_hooks
-        or _nn_module._global_forward_pre_hooks
-        or _nn_module._global_backward_hooks
-        or _nn_module._global_backward_pre_hooks
-    )
 
 
 def register_activation(module_class: type[nn.Module], name: str) -> None:
@@ -226,6 +209,57 @@ def conv_norm_act(
     return mean if return_mean else output
 
 
+def prepare_conv_norm_act(
+    stage: ConvNorm, example: Tensor, return_mean: bool = False
+) -> Callable[[Tensor], Tensor] | None:
+    """:func:`conv_norm_act` on plain inference's inputs like ``example``, as one native call.
+
+    None if the stage is not a pointwise or dense convolution that runs fused.
+    """
+    kind = convolution_kind(stage.conv)
+    name = activation_name(stage.activation)
+    fusible = is_plain_norm(stage.norm) and not uses_batch_statistics(stage.norm)
+    if kind not in ("pointwise", "dense") or name is None or not fusible:
+        return None
+    weight = stage.conv.weight
+    scale, bias = fold(stage.conv, stage.norm)
+    if kind == "dense":
+        if return_mean:
+            return None
+        geometry = _geometry(stage)
+        return prepare_conv(*conv_arguments(example, weight, bias, *geometry, None, name, scale))
+    run = prepare_pointwise_conv(
+        *pointwise_conv_arguments(example, weight, bias, None, None, name, return_mean, scale)
+    )
+    return lambda input: run(input)[return_mean]  # output, mean
+
+
+def prepare_linear(module: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """A plain nn.Linear on vectors [N, C] like ``example`` as one native call, or None."""
+    if type(module) is not nn.Linear or not is_untouched(module):
+        return None
+    run = prepare_pointwise_conv(
+        *pointwise_conv_arguments(
+            example[:, :, None, None],
+            module.weight,
+            module.bias,
+            None,
+            None,
+            "none",
+            False,
+            None,
+        )
+    )
+    return lambda input: run(input[:, :, None, None])[0].flatten(1)
+
+
+def _geometry(stage: ConvNorm) -> tuple[tuple[int, int], Padding, tuple[int, int]]:
+    """Stride, padding and dilation as the ops take them."""
+    conv = stage.conv
+    padding: Padding = "same" if stage.same is not None else conv.padding
+    return (conv.stride[0], conv.stride[1]), padding, (conv.dilation[0], conv.dilation[1])
+
+
 def _convolve(
     kind: str,
     input: Tensor,
@@ -238,10 +272,7 @@ def _convolve(
     return_mean: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(output, its spatial mean; the mean only means something with ``return_mean``)."""
-    conv = stage.conv
-    stride = (conv.stride[0], conv.stride[1])
-    dilation = (conv.dilation[0], conv.dilation[1])
-    padding = conv.padding if stage.same is None else "same"
+    stride, padding, dilation = _geometry(stage)
     if kind == "pointwise":
         result = ops.pointwise_conv(
             input, weight, bias, None, residual, activation, return_mean, scale=scale

@@ -20,12 +20,11 @@ from .fused import (
     conv_norm_act,
     convolution_kind,
     fold,
-    has_global_hooks,
     is_plain_norm,
-    is_untouched,
     uses_batch_statistics,
 )
-from .plan import Planned, keep_plan, planned
+from .hooks import has_global_hooks, is_untouched
+from .plan import Planned, Run
 from .squeeze_excite import NO_SQUEEZE_EXCITE, SqueezeExcite, fused_squeeze_excite
 
 __all__ = ["DepthwiseSeparableConv", "MBConv", "drop_path"]
@@ -141,26 +140,15 @@ class MBConv(Planned):
             TypeError, ValueError: from the ops, naming the argument.
             BackendUnavailable: if a backend was asked for that cannot run this call.
         """
-        output = planned(self, input)
+        output = self.planned(input)
         if output is not None:
             return output
-        expand = None
-        if self.has_expansion:
-            expand = ConvNorm(self.conv_pw, self.bn1, self.act1)
-            depthwise = ConvNorm(self.conv_dw, self.bn2, self.act2, self._same)
-            project = ConvNorm(self.conv_pwl, self.bn3, _NONE)
-        else:
-            depthwise = ConvNorm(self.conv_dw, self.bn1, self.act1, self._same)
-            project = ConvNorm(self.conv_pw, self.bn2, _NONE)
+        expand, depthwise, project = self._stages()
         dropping = self.training and self.has_residual and self.drop_path > 0.0
         dtype = autocast_dtype(input)
-        whole = None
-        if not dropping:
-            whole = _whole_block(dtype, expand, depthwise, self.se, project, self.has_residual)
+        whole = None if dropping or has_global_hooks() else self._whole_block(dtype)
         if whole is not None:
-            example = input if dtype is None else input.to(dtype)
-            keep_plan(self, example, lambda: prepare_mbconv(*mbconv_arguments(example, *whole)))
-            return ops.mbconv(example, *whole)
+            return ops.mbconv(input if dtype is None else input.to(dtype), *whole)
         hidden = input if expand is None else conv_norm_act(input, expand)
         hidden = self.se(conv_norm_act(hidden, depthwise))
         if not self.has_residual:
@@ -169,6 +157,85 @@ class MBConv(Planned):
             return conv_norm_act(hidden, project, residual=input)
         output = conv_norm_act(hidden, project)
         return drop_path(output, self.drop_path) + input.to(output.dtype)  # autocast may differ
+
+    def prepare(self, example: Tensor) -> Run | None:
+        """The block as one native call; see :class:`Planned`."""
+        if self.training and self.has_residual and self.drop_path > 0.0:
+            return None
+        whole = self._whole_block(None)
+        return None if whole is None else prepare_mbconv(*mbconv_arguments(example, *whole))
+
+    def _stages(self) -> tuple[ConvNorm | None, ConvNorm, ConvNorm]:
+        """Expansion (if any), depthwise convolution and projection."""
+        if self.has_expansion:
+            return (
+                ConvNorm(self.conv_pw, self.bn1, self.act1),
+                ConvNorm(self.conv_dw, self.bn2, self.act2, self._same),
+                ConvNorm(self.conv_pwl, self.bn3, _NONE),
+            )
+        return (
+            None,
+            ConvNorm(self.conv_dw, self.bn1, self.act1, self._same),
+            ConvNorm(self.conv_pw, self.bn2, _NONE),
+        )
+
+    def _whole_block(
+        self, dtype: torch.dtype | None
+    ) -> tuple[ops.MBConvParameters, ops.MBConvGeometry] | None:
+        """The block as the arguments of one op, weights in ``dtype`` unless that is None.
+
+        None if the block has to go stage by stage.
+        """
+        expand, depthwise, project = self._stages()
+        if not (
+            _fusible(project, "pointwise")
+            and _fusible(depthwise, "depthwise")
+            and (expand is None or _fusible(expand, "pointwise"))
+        ):
+            return None
+        activation = activation_name(depthwise.activation)
+        if activation is None:
+            return None
+        expand_weight = expand_scale = expand_bias = None
+        if expand is not None:
+            if activation_name(expand.activation) != activation:
+                return None
+            expand_weight = cast_weight(expand.conv.weight, dtype)
+            expand_scale, expand_bias = fold(expand.conv, expand.norm)
+        squeeze = NO_SQUEEZE_EXCITE
+        if type(self.se) is not nn.Identity or not is_untouched(self.se):
+            fused = fused_squeeze_excite(self.se, dtype)
+            if fused is None:
+                return None
+            squeeze = fused
+        depthwise_scale, depthwise_bias = fold(depthwise.conv, depthwise.norm)
+        project_scale, project_bias = fold(project.conv, project.norm)
+        conv = depthwise.conv
+        parameters = ops.MBConvParameters(
+            cast_weight(conv.weight, dtype),
+            cast_weight(project.conv.weight, dtype),
+            expand_weight,
+            expand_scale,
+            expand_bias,
+            depthwise_scale,
+            depthwise_bias,
+            squeeze.reduce_weight,
+            squeeze.reduce_bias,
+            squeeze.expand_weight,
+            squeeze.expand_bias,
+            project_scale,
+            project_bias,
+        )
+        geometry = ops.MBConvGeometry(
+            (conv.stride[0], conv.stride[1]),
+            conv.padding if depthwise.same is None else "same",
+            (conv.dilation[0], conv.dilation[1]),
+            self.has_residual,
+            activation,
+            squeeze.activation,
+            squeeze.gate_activation,
+        )
+        return parameters, geometry
 
     def extra_repr(self) -> str:
         return f"residual={self.has_residual}, drop_path={self.drop_path:g}"
@@ -216,66 +283,3 @@ def _fusible(stage: ConvNorm, kind: str) -> bool:
         and is_plain_norm(stage.norm)
         and not uses_batch_statistics(stage.norm)
     )
-
-
-def _whole_block(
-    dtype: torch.dtype | None,
-    expand: ConvNorm | None,
-    depthwise: ConvNorm,
-    se: nn.Module,
-    project: ConvNorm,
-    residual: bool,
-) -> tuple[ops.MBConvParameters, ops.MBConvGeometry] | None:
-    """The block as the arguments of one op, weights in ``dtype`` unless that is None.
-
-    None if the block has to go stage by stage.
-    """
-    if not (
-        _fusible(project, "pointwise")
-        and _fusible(depthwise, "depthwise")
-        and (expand is None or _fusible(expand, "pointwise"))
-    ):
-        return None
-    activation = activation_name(depthwise.activation)
-    if activation is None or has_global_hooks():
-        return None
-    expand_weight = expand_scale = expand_bias = None
-    if expand is not None:
-        if activation_name(expand.activation) != activation:
-            return None
-        expand_weight = cast_weight(expand.conv.weight, dtype)
-        expand_scale, expand_bias = fold(expand.conv, expand.norm)
-    squeeze = NO_SQUEEZE_EXCITE
-    if type(se) is not nn.Identity or not is_untouched(se):
-        fused = fused_squeeze_excite(se, dtype)
-        if fused is None:
-            return None
-        squeeze = fused
-    depthwise_scale, depthwise_bias = fold(depthwise.conv, depthwise.norm)
-    project_scale, project_bias = fold(project.conv, project.norm)
-    conv = depthwise.conv
-    parameters = ops.MBConvParameters(
-        cast_weight(conv.weight, dtype),
-        cast_weight(project.conv.weight, dtype),
-        expand_weight,
-        expand_scale,
-        expand_bias,
-        depthwise_scale,
-        depthwise_bias,
-        squeeze.reduce_weight,
-        squeeze.reduce_bias,
-        squeeze.expand_weight,
-        squeeze.expand_bias,
-        project_scale,
-        project_bias,
-    )
-    geometry = ops.MBConvGeometry(
-        (conv.stride[0], conv.stride[1]),
-        conv.padding if depthwise.same is None else "same",
-        (conv.dilation[0], conv.dilation[1]),
-        residual,
-        activation,
-        squeeze.activation,
-        squeeze.gate_activation,
-    )
-    return parameters, geometry

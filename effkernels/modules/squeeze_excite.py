@@ -15,9 +15,8 @@ from .fused import (
     autocast_dtype,
     cast_weight,
     convolution_kind,
-    has_global_hooks,
-    is_untouched,
 )
+from .hooks import has_global_hooks, is_untouched
 
 __all__ = ["SqueezeExcite"]
 

@@ -60,6 +60,23 @@ def conv(
         TypeError, ValueError: naming the argument, what came and what is accepted.
         BackendUnavailable: if a backend was asked for that cannot run this call.
     """
+    return _op(
+        *conv_arguments(input, weight, bias, stride, padding, dilation, residual, activation, scale)
+    )
+
+
+def conv_arguments(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int | tuple[int, int],
+    padding: Padding,
+    dilation: int | tuple[int, int],
+    residual: Tensor | None,
+    activation: str,
+    scale: Tensor | None,
+) -> tuple[Any, ...]:
+    """The dispatcher op's arguments, checked as :func:`conv` says."""
     check_tensor(OP, "input", input, 4)
     check_tensor(OP, "weight", weight, 4)
     if weight.shape[1] != input.shape[1]:
@@ -75,7 +92,7 @@ def conv(
         size = output_size(input.shape[2:], kernel, strides, sides, dilations)
         check_shape(OP, "residual", residual, (input.shape[0], weight.shape[0], *size))
         check_like(OP, "residual", residual, input)
-    return _op(input, weight, scale, bias, strides, sides, dilations, residual, activation)
+    return input, weight, scale, bias, strides, sides, dilations, residual, activation
 
 
 def _reference(

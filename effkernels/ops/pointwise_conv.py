@@ -57,6 +57,25 @@ def pointwise_conv(
         TypeError, ValueError: naming the argument, what came and what is accepted.
         BackendUnavailable: if a backend was asked for that cannot run this call.
     """
+    output, mean = _op(
+        *pointwise_conv_arguments(
+            input, weight, bias, gate, residual, activation, return_mean, scale
+        )
+    )
+    return (output, mean) if return_mean else output
+
+
+def pointwise_conv_arguments(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    return_mean: bool,
+    scale: Tensor | None,
+) -> tuple[Any, ...]:
+    """The dispatcher op's arguments, checked as :func:`pointwise_conv` says."""
     check_tensor(OP, "input", input, 4)
     check_tensor(OP, "weight", weight, (2, 4))
     if weight.shape[1] != input.shape[1]:
@@ -82,8 +101,7 @@ def pointwise_conv(
     check_activation(OP, activation)
     if input.shape[2] * input.shape[3] == 0:
         raise ValueError(f"{OP}: input has no pixels {tuple(input.shape)}")
-    output, mean = _op(input, weight, scale, bias, gate, residual, activation, return_mean)
-    return (output, mean) if return_mean else output
+    return input, weight, scale, bias, gate, residual, activation, return_mean
 
 
 def _reference(

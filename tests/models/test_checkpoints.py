@@ -36,7 +36,9 @@ def assert_unchanged(network: nn.Module, before: dict[str, Tensor]) -> None:
 
 
 def assert_loaded_like(network: nn.Module, theirs: nn.Module, size: int) -> None:
-    image = torch.randn(2, 3, size, size)
+    # Several images: the last maps have a few pixels, too few for the statistics of one image, and
+    # the error of four outputs alone is too random to hold to twice another's.
+    image = torch.randn(8, 3, size, size)
     settle(theirs, image)
     assert load_checkpoint(network, theirs.state_dict()) == LoadResult([], [])
     assert_networks_agree(network, theirs, image, gradients=False)
@@ -45,20 +47,20 @@ def assert_loaded_like(network: nn.Module, theirs: nn.Module, size: int) -> None
 @pytest.mark.parametrize("name", ["efficientnet_b0", "efficientnet_b1"])
 def test_torchvision(name: str) -> None:
     theirs = getattr(torchvision.models, name)(num_classes=4)
-    assert_loaded_like(ek.models.create_model(name, num_classes=4, bn_eps=1e-5), theirs, 64)
+    assert_loaded_like(ek.models.create_model(name, num_classes=4, bn_eps=1e-5), theirs, 96)
 
 
 def test_timm() -> None:
     theirs = timm.create_model("tf_efficientnet_lite0", num_classes=4)
-    assert_loaded_like(ek.models.efficientnet_lite0(num_classes=4), theirs, 64)
+    assert_loaded_like(ek.models.efficientnet_lite0(num_classes=4), theirs, 96)
 
 
 @pytest.mark.parametrize("name", ["efficientnet-b0", "efficientnet-b1"])
 def test_efficientnet_pytorch(name: str) -> None:
     """Its SAME padding is fixed to the image size that it is built for."""
-    theirs = efficientnet_pytorch.EfficientNet.from_name(name, num_classes=4, image_size=64)
+    theirs = efficientnet_pytorch.EfficientNet.from_name(name, num_classes=4, image_size=96)
     ours = ek.models.create_model(name.replace("-", "_"), num_classes=4, padding="same")
-    assert_loaded_like(ours, theirs, 64)
+    assert_loaded_like(ours, theirs, 96)
 
 
 def test_efficientnet_lite_pytorch() -> None:
