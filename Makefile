@@ -11,7 +11,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ASAN := build/asan
-CSRC := $(wildcard csrc/*/*.cpp csrc/*/*.h)
+CSRC := $(wildcard csrc/*/*.cpp csrc/*/*.h tests/native/*.cpp tests/native/*.h)
 
 # One worker per core, one thread per worker.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1

@@ -15,9 +15,11 @@ namespace {
 
 constexpr int64_t kPixelBlock = 128;  // pixels of one partial result, whatever the threads
 
-// mean[c] and m2[c] (sum of squared distances from it) of one block of rows.
+// Of one block of rows: a center close to the mean, the mean's offset from it (what rounding left,
+// too small for the center's own bits), and the sum of squared distances from the center.
 template <class T>
-void block_statistics(const T* rows, int64_t count, int64_t channels, float* mean, float* m2) {
+void block_statistics(const T* rows, int64_t count, int64_t channels, float* mean, float* offset,
+                      float* m2) {
   for (int64_t c = 0; c < channels; c += Vec::size) {
     const int64_t n = min_of(channels - c, Vec::size);
     const auto row = [&](int64_t r) {
@@ -27,12 +29,14 @@ void block_statistics(const T* rows, int64_t count, int64_t channels, float* mea
     Vec total = Vec::set1(0.0f);
     for (int64_t r = 0; r < count; r++) total = total + row(r);
     const Vec center = total * Vec::set1(1.0f / static_cast<float>(count));
-    Vec squares = Vec::set1(0.0f);
+    Vec squares = Vec::set1(0.0f), rest = Vec::set1(0.0f);
     for (int64_t r = 0; r < count; r++) {
       const Vec distance = row(r) - center;
       squares = fma(distance, distance, squares);
+      rest = rest + distance;
     }
     store_first(center, mean + c, n);
+    store_first(rest * Vec::set1(1.0f / static_cast<float>(count)), offset + c, n);
     store_first(squares, m2 + c, n);
   }
 }
@@ -40,14 +44,15 @@ void block_statistics(const T* rows, int64_t count, int64_t channels, float* mea
 template <class T>
 void statistics(const BatchNormActArgs& args, int64_t pixels) {
   const int64_t channels = args.in.channels, blocks = ceil_div(pixels, kPixelBlock);
-  float* means = scratch(ScratchUse::kBlock, static_cast<size_t>(2 * blocks * channels));
-  float* m2s = means + blocks * channels;
+  float* means = scratch(ScratchUse::kBlock, static_cast<size_t>(3 * blocks * channels));
+  float* offsets = means + blocks * channels;
+  float* m2s = offsets + blocks * channels;
   parallel_for(args.parallel, blocks, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; b++) {
       const int64_t first = b * kPixelBlock;
       block_statistics(static_cast<const T*>(args.input) + first * channels,
                        min_of(kPixelBlock, pixels - first), channels, means + b * channels,
-                       m2s + b * channels);
+                       offsets + b * channels, m2s + b * channels);
     }
   });
   parallel_for(args.parallel, channels, [&](int64_t begin, int64_t end) {
@@ -55,13 +60,15 @@ void statistics(const BatchNormActArgs& args, int64_t pixels) {
       double mean = 0.0, m2 = 0.0, count = 0.0;
       for (int64_t b = 0; b < blocks; b++) {  // Chan, Golub & LeVeque, 1979
         const double size = static_cast<double>(min_of(kPixelBlock, pixels - b * kPixelBlock));
-        const double distance = means[b * channels + c] - mean;
-        m2 += m2s[b * channels + c] + distance * distance * count * size / (count + size);
+        const double offset = offsets[b * channels + c];
+        const double distance = means[b * channels + c] + offset - mean;
+        m2 += m2s[b * channels + c] - size * offset * offset +
+              distance * distance * count * size / (count + size);
         mean += distance * size / (count + size);
         count += size;
       }
       args.mean[c] = static_cast<float>(mean);
-      args.var[c] = static_cast<float>(m2 / count);
+      args.var[c] = static_cast<float>(m2 < 0.0 ? 0.0 : m2 / count);
     }
   });
 }

@@ -46,13 +46,38 @@ DType dtype_of(const Tensor& tensor) {
   }
 }
 
-const float* floats(const Tensor& tensor) {
+// A caller that skips native.py must get an error, never a read outside a tensor.
+void check_size(const char* name, const Tensor& tensor, int64_t wanted) {
+  STD_TORCH_CHECK(tensor.numel() == wanted, "effkernels_cpu: ", name, " has ", tensor.numel(),
+                  " values, ", wanted, " are accepted");
+}
+
+const float* floats(const char* name, const Tensor& tensor, int64_t size) {
+  STD_TORCH_CHECK(tensor.scalar_type() == torch::headeronly::ScalarType::Float,
+                  "effkernels_cpu: ", name, " is not float32");
+  check_size(name, tensor, size);
   return static_cast<const float*>(tensor.const_data_ptr());
 }
-const float* floats(const OptionalTensor& tensor) { return tensor ? floats(*tensor) : nullptr; }
-const void* data(const OptionalTensor& tensor) {
-  return tensor ? tensor->const_data_ptr() : nullptr;
+
+const float* floats(const char* name, const OptionalTensor& tensor, int64_t size) {
+  return tensor ? floats(name, *tensor, size) : nullptr;
 }
+
+void* writable(const char* name, const Tensor& tensor, DType dtype, int64_t size) {
+  STD_TORCH_CHECK(dtype_of(tensor) == dtype, "effkernels_cpu: ", name,
+                  " has another dtype than input");
+  check_size(name, tensor, size);
+  return tensor.mutable_data_ptr();
+}
+
+const void* residual_of(const OptionalTensor& tensor, DType dtype, int64_t size) {
+  if (!tensor) return nullptr;
+  STD_TORCH_CHECK(dtype_of(*tensor) == dtype, "effkernels_cpu: residual has another dtype");
+  check_size("residual", *tensor, size);
+  return tensor->const_data_ptr();
+}
+
+int64_t panels_size(int64_t channels, int64_t depth) { return round_up(channels, kPanel) * depth; }
 
 Images images_of(const Tensor& tensor) {  // [N, C, H, W] by shape
   return {tensor.size(0), tensor.size(2), tensor.size(3), tensor.size(1)};
@@ -60,6 +85,9 @@ Images images_of(const Tensor& tensor) {  // [N, C, H, W] by shape
 
 Geometry geometry_of(const std::vector<int64_t>& g) {  // effkernels/native.py _geometry
   STD_TORCH_CHECK(g.size() == 8, "effkernels_cpu: a geometry has 8 numbers");
+  for (size_t i = 0; i < g.size(); i++) {  // padding may be 0, the rest may not
+    STD_TORCH_CHECK(g[i] >= (i < 6 ? 1 : 0), "effkernels_cpu: bad geometry");
+  }
   return {g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7]};
 }
 
@@ -68,17 +96,29 @@ Activation activation_of(int64_t code) {
   return static_cast<Activation>(code);
 }
 
-Epilogue epilogue_of(const OptionalTensor& scale, const OptionalTensor& bias, int64_t activation,
-                     const OptionalTensor& residual = std::nullopt) {
-  return {floats(scale), floats(bias), data(residual), activation_of(activation)};
+Epilogue epilogue_of(const OptionalTensor& scale, const OptionalTensor& bias, int64_t channels,
+                     int64_t activation) {
+  return {floats("scale", scale, channels), floats("bias", bias, channels), nullptr,
+          activation_of(activation)};
 }
 
 SqueezeExciteWeights gate_of(const Tensor& reduce_weight, const OptionalTensor& reduce_bias,
                              const Tensor& expand_weight, const OptionalTensor& expand_bias,
-                             int64_t activation, int64_t gate_activation) {
-  return {reduce_weight.size(1),     reduce_weight.size(0),         floats(reduce_weight),
-          floats(reduce_bias),       floats(expand_weight),         floats(expand_bias),
-          activation_of(activation), activation_of(gate_activation)};
+                             int64_t channels, int64_t activation, int64_t gate_activation) {
+  const int64_t reduced = reduce_weight.size(0), size = reduced * channels;
+  return {channels,
+          reduced,
+          floats("reduce_weight", reduce_weight, size),
+          floats("reduce_bias", reduce_bias, reduced),
+          floats("expand_weight", expand_weight, size),
+          floats("expand_bias", expand_bias, channels),
+          activation_of(activation),
+          activation_of(gate_activation)};
+}
+
+// Taps of a depthwise convolution: [kernel_h * kernel_w, channels rounded up].
+const float* taps_of(const Tensor& weight, const Geometry& g, int64_t channels) {
+  return floats("weight", weight, g.kernel_h * g.kernel_w * round_up(channels, kPanel));
 }
 
 void depthwise_conv(Tensor output, OptionalTensor mean, Tensor input, Tensor weight,
@@ -86,15 +126,16 @@ void depthwise_conv(Tensor output, OptionalTensor mean, Tensor input, Tensor wei
                     int64_t activation) {
   DepthwiseConvArgs args{};
   args.dtype = dtype_of(input);
-  args.output = output.mutable_data_ptr();
-  args.mean = mean ? mean->mutable_data_ptr() : nullptr;
   args.input = input.const_data_ptr();
   args.in = images_of(input);
   args.out_height = output.size(2);
   args.out_width = output.size(3);
-  args.weight = floats(weight);
+  const int64_t channels = args.in.channels, values = args.in.count * channels;
+  args.output = writable("output", output, args.dtype, values * args.out_height * args.out_width);
+  args.mean = mean ? writable("mean", *mean, args.dtype, values) : nullptr;
   args.geometry = geometry_of(geometry);
-  args.epilogue = epilogue_of(scale, bias, activation);
+  args.weight = taps_of(weight, args.geometry, channels);
+  args.epilogue = epilogue_of(scale, bias, channels, activation);
   args.parallel = torch_threads();
   depthwise_conv_cpu(args);
 }
@@ -104,14 +145,16 @@ void pointwise_conv(Tensor output, OptionalTensor mean, Tensor input, Tensor wei
                     OptionalTensor residual, int64_t activation) {
   PointwiseConvArgs args{};
   args.dtype = dtype_of(input);
-  args.output = output.mutable_data_ptr();
-  args.mean = mean ? mean->mutable_data_ptr() : nullptr;
   args.input = input.const_data_ptr();
   args.in = images_of(input);
   args.out_channels = output.size(1);
-  args.weight = floats(weight);
-  args.gate = floats(gate);
-  args.epilogue = epilogue_of(scale, bias, activation, residual);
+  const int64_t channels = args.out_channels, values = args.in.count * channels;
+  args.output = writable("output", output, args.dtype, values * args.in.pixels());
+  args.mean = mean ? writable("mean", *mean, args.dtype, values) : nullptr;
+  args.weight = floats("weight", weight, panels_size(channels, args.in.channels));
+  args.gate = floats("gate", gate, args.in.count * args.in.channels);
+  args.epilogue = epilogue_of(scale, bias, channels, activation);
+  args.epilogue.residual = residual_of(residual, args.dtype, values * args.in.pixels());
   args.parallel = torch_threads();
   pointwise_conv_cpu(args);
 }
@@ -120,15 +163,19 @@ void conv(Tensor output, Tensor input, Tensor weight, OptionalTensor scale, Opti
           std::vector<int64_t> geometry, OptionalTensor residual, int64_t activation) {
   ConvArgs args{};
   args.dtype = dtype_of(input);
-  args.output = output.mutable_data_ptr();
   args.input = input.const_data_ptr();
   args.in = images_of(input);
   args.out_height = output.size(2);
   args.out_width = output.size(3);
   args.out_channels = output.size(1);
-  args.weight = floats(weight);
+  const int64_t channels = args.out_channels;
+  const int64_t values = args.in.count * args.out_height * args.out_width * channels;
+  args.output = writable("output", output, args.dtype, values);
   args.geometry = geometry_of(geometry);
-  args.epilogue = epilogue_of(scale, bias, activation, residual);
+  const int64_t taps = args.geometry.kernel_h * args.geometry.kernel_w;
+  args.weight = floats("weight", weight, panels_size(channels, taps * args.in.channels));
+  args.epilogue = epilogue_of(scale, bias, channels, activation);
+  args.epilogue.residual = residual_of(residual, args.dtype, values);
   args.parallel = torch_threads();
   conv_cpu(args);
 }
@@ -138,11 +185,11 @@ void squeeze_excite(Tensor output, Tensor input, Tensor reduce_weight, OptionalT
                     int64_t gate_activation) {
   SqueezeExciteArgs args{};
   args.dtype = dtype_of(input);
-  args.output = output.mutable_data_ptr();
   args.input = input.const_data_ptr();
   args.in = images_of(input);
-  args.weights =
-      gate_of(reduce_weight, reduce_bias, expand_weight, expand_bias, activation, gate_activation);
+  args.output = writable("output", output, args.dtype, args.in.count * args.in.size());
+  args.weights = gate_of(reduce_weight, reduce_bias, expand_weight, expand_bias, args.in.channels,
+                         activation, gate_activation);
   args.parallel = torch_threads();
   squeeze_excite_cpu(args);
 }
@@ -151,11 +198,12 @@ void squeeze_excite_gate(Tensor gate, Tensor mean, Tensor reduce_weight, Optiona
                          Tensor expand_weight, OptionalTensor expand_bias, int64_t activation,
                          int64_t gate_activation) {
   SqueezeExciteGateArgs args{};
-  args.gate = static_cast<float*>(gate.mutable_data_ptr());
-  args.mean = floats(mean);
   args.count = mean.size(0);
-  args.weights =
-      gate_of(reduce_weight, reduce_bias, expand_weight, expand_bias, activation, gate_activation);
+  const int64_t channels = mean.size(1), values = args.count * channels;
+  args.gate = static_cast<float*>(writable("gate", gate, DType::f32, values));
+  args.mean = floats("mean", mean, values);
+  args.weights = gate_of(reduce_weight, reduce_bias, expand_weight, expand_bias, channels,
+                         activation, gate_activation);
   args.parallel = torch_threads();
   squeeze_excite_gate_cpu(args);
 }
@@ -163,9 +211,9 @@ void squeeze_excite_gate(Tensor gate, Tensor mean, Tensor reduce_weight, Optiona
 void silu(Tensor output, Tensor input, int64_t activation) {
   SiluArgs args{};
   args.dtype = dtype_of(input);
-  args.output = output.mutable_data_ptr();
   args.input = input.const_data_ptr();
   args.size = input.numel();
+  args.output = writable("output", output, args.dtype, args.size);
   args.activation = activation_of(activation);
   args.parallel = torch_threads();
   silu_cpu(args);
@@ -176,14 +224,15 @@ void batch_norm_act(Tensor output, Tensor mean, Tensor var, Tensor input, Option
                     int64_t activation) {
   BatchNormActArgs args{};
   args.dtype = dtype_of(input);
-  args.output = output.mutable_data_ptr();
-  args.mean = static_cast<float*>(mean.mutable_data_ptr());
-  args.var = static_cast<float*>(var.mutable_data_ptr());
   args.input = input.const_data_ptr();
   args.in = images_of(input);
-  args.weight = floats(weight);
-  args.bias = floats(bias);
-  args.residual = data(residual);
+  const int64_t channels = args.in.channels, values = args.in.count * args.in.size();
+  args.output = writable("output", output, args.dtype, values);
+  args.mean = static_cast<float*>(writable("mean", mean, DType::f32, channels));
+  args.var = static_cast<float*>(writable("var", var, DType::f32, channels));
+  args.weight = floats("weight", weight, channels);
+  args.bias = floats("bias", bias, channels);
+  args.residual = residual_of(residual, args.dtype, values);
   args.training = training;
   args.eps = eps;
   args.activation = activation_of(activation);
@@ -192,19 +241,22 @@ void batch_norm_act(Tensor output, Tensor mean, Tensor var, Tensor input, Option
 }
 
 // What depthwise_separable_conv and mbconv share.
-MBConvArgs block_of(const Tensor& output, const Tensor& input, const Tensor& project_weight,
-                    const std::vector<int64_t>& geometry) {
+MBConvArgs block_of(const Tensor& output, const Tensor& input, const Tensor& depthwise_weight,
+                    const Tensor& project_weight, const std::vector<int64_t>& geometry) {
   MBConvArgs args{};
   args.dtype = dtype_of(input);
-  args.output = output.mutable_data_ptr();
   args.input = input.const_data_ptr();
   args.in = images_of(input);
-  args.expanded = project_weight.size(1);  // panels are [K / 16, depth, 16]
-  args.geometry = geometry_of(geometry);
-  args.project_weight = floats(project_weight);
   args.out_height = output.size(2);
   args.out_width = output.size(3);
   args.out_channels = output.size(1);
+  args.output = writable("output", output, args.dtype,
+                         args.in.count * args.out_height * args.out_width * args.out_channels);
+  args.expanded = project_weight.size(1);  // panels are [K / 16, depth, 16]
+  args.geometry = geometry_of(geometry);
+  args.depthwise_weight = taps_of(depthwise_weight, args.geometry, args.expanded);
+  args.project_weight =
+      floats("project_weight", project_weight, panels_size(args.out_channels, args.expanded));
   args.parallel = torch_threads();
   return args;
 }
@@ -215,10 +267,13 @@ void depthwise_separable_conv(Tensor output, Tensor input, Tensor depthwise_weig
                               OptionalTensor pointwise_bias, std::vector<int64_t> geometry,
                               OptionalTensor residual, int64_t depthwise_activation,
                               int64_t activation) {
-  MBConvArgs args = block_of(output, input, pointwise_weight, geometry);
-  args.depthwise_weight = floats(depthwise_weight);
-  args.depthwise = epilogue_of(depthwise_scale, depthwise_bias, depthwise_activation);
-  args.project = epilogue_of(pointwise_scale, pointwise_bias, activation, residual);
+  MBConvArgs args = block_of(output, input, depthwise_weight, pointwise_weight, geometry);
+  STD_TORCH_CHECK(args.expanded == args.in.channels, "effkernels_cpu: pointwise_weight is for ",
+                  args.expanded, " channels, input has ", args.in.channels);
+  args.depthwise =
+      epilogue_of(depthwise_scale, depthwise_bias, args.expanded, depthwise_activation);
+  args.project = epilogue_of(pointwise_scale, pointwise_bias, args.out_channels, activation);
+  args.project.residual = residual_of(residual, args.dtype, output.numel());
   depthwise_separable_conv_cpu(args);
 }
 
@@ -230,18 +285,20 @@ void mbconv(Tensor output, Tensor input, OptionalTensor expand_weight, OptionalT
             OptionalTensor project_bias, std::vector<int64_t> geometry, bool residual,
             std::vector<int64_t> activations) {
   STD_TORCH_CHECK(activations.size() == 4, "effkernels_cpu: mbconv has 4 activations");
-  MBConvArgs args = block_of(output, input, project_weight, geometry);
-  args.expand_weight = floats(expand_weight);
-  args.expand = epilogue_of(expand_scale, expand_bias, activations[0]);
-  args.depthwise_weight = floats(depthwise_weight);
-  args.depthwise = epilogue_of(depthwise_scale, depthwise_bias, activations[0]);
-  args.squeeze_excite = se_reduce_weight.has_value();
+  MBConvArgs args = block_of(output, input, depthwise_weight, project_weight, geometry);
+  const int64_t expanded = args.expanded, channels = args.in.channels;
+  STD_TORCH_CHECK(expand_weight || expanded == channels, "effkernels_cpu: project_weight is for ",
+                  expanded, " channels, input has ", channels);
+  args.expand_weight = floats("expand_weight", expand_weight, panels_size(expanded, channels));
+  args.expand = epilogue_of(expand_scale, expand_bias, expanded, activations[0]);
+  args.depthwise = epilogue_of(depthwise_scale, depthwise_bias, expanded, activations[0]);
+  args.squeeze_excite = se_reduce_weight.has_value() && se_expand_weight.has_value();
   if (args.squeeze_excite) {
     args.gate = gate_of(*se_reduce_weight, se_reduce_bias, *se_expand_weight, se_expand_bias,
-                        activations[1], activations[2]);
+                        expanded, activations[1], activations[2]);
   }
-  args.project = epilogue_of(project_scale, project_bias, activations[3]);
-  if (residual) args.project.residual = input.const_data_ptr();
+  args.project = epilogue_of(project_scale, project_bias, args.out_channels, activations[3]);
+  if (residual) args.project.residual = residual_of(input, args.dtype, output.numel());
   mbconv_cpu(args);
 }
 

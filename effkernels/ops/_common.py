@@ -61,6 +61,15 @@ def check_tensor(op: str, argument: str, value: Any, dims: int | tuple[int, ...]
         )
 
 
+def check_filled(op: str, argument: str, value: Tensor, first: int = 0) -> None:
+    """No dimension of ``value`` from ``first`` on is empty."""
+    if 0 in value.shape[first:]:
+        raise ValueError(
+            f"{op}: {argument} has an empty dimension {tuple(value.shape)}, "
+            f"{'only an empty batch' if first else 'none'} is accepted"
+        )
+
+
 def check_like(op: str, argument: str, value: Tensor, input: Tensor, name: str = "input") -> None:
     """``value`` has the dtype and device of ``input``."""
     if value.dtype != input.dtype:

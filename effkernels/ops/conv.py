@@ -15,6 +15,7 @@ from ..layout import empty_nhwc, output_size
 from ._common import (
     Padding,
     check_activation,
+    check_filled,
     check_geometry,
     check_like,
     check_shape,
@@ -78,7 +79,9 @@ def conv_arguments(
 ) -> tuple[Any, ...]:
     """The dispatcher op's arguments, checked as :func:`conv` says."""
     check_tensor(OP, "input", input, 4)
+    check_filled(OP, "input", input, first=1)
     check_tensor(OP, "weight", weight, 4)
+    check_filled(OP, "weight", weight)
     if weight.shape[1] != input.shape[1]:
         raise ValueError(f"{OP}: weight has {weight.shape[1]} channels, input has {input.shape[1]}")
     check_like(OP, "weight", weight, input)

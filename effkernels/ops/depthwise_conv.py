@@ -16,6 +16,7 @@ from ..layout import empty_nhwc, output_size
 from ._common import (
     Padding,
     check_activation,
+    check_filled,
     check_geometry,
     check_like,
     check_shape,
@@ -63,7 +64,9 @@ def depthwise_conv(
         BackendUnavailable: if a backend was asked for that cannot run this call.
     """
     check_tensor(OP, "input", input, 4)
+    check_filled(OP, "input", input, first=1)
     check_tensor(OP, "weight", weight, 4)
+    check_filled(OP, "weight", weight)
     if weight.shape[0] != input.shape[1]:
         raise ValueError(f"{OP}: weight has {weight.shape[0]} channels, input has {input.shape[1]}")
     check_shape(OP, "weight", weight, (weight.shape[0], 1, *weight.shape[2:]))

@@ -16,6 +16,7 @@ from ..layout import empty_nhwc, output_size
 from ._common import (
     Padding,
     check_activation,
+    check_filled,
     check_geometry,
     check_like,
     check_shape,
@@ -64,8 +65,10 @@ def depthwise_separable_conv(
         BackendUnavailable: if a backend was asked for that cannot run this call.
     """
     check_tensor(OP, "input", input, 4)
+    check_filled(OP, "input", input, first=1)
     channels = input.shape[1]
     check_tensor(OP, "depthwise_weight", depthwise_weight, 4)
+    check_filled(OP, "depthwise_weight", depthwise_weight)
     if depthwise_weight.shape[0] != channels:
         raise ValueError(
             f"{OP}: depthwise_weight has {depthwise_weight.shape[0]} channels, input has {channels}"
@@ -74,6 +77,7 @@ def depthwise_separable_conv(
     check_shape(OP, "depthwise_weight", depthwise_weight, (channels, 1, *kernel))
     check_like(OP, "depthwise_weight", depthwise_weight, input)
     check_tensor(OP, "pointwise_weight", pointwise_weight, (2, 4))
+    check_filled(OP, "pointwise_weight", pointwise_weight)
     if pointwise_weight.dim() == 2:
         pointwise_weight = pointwise_weight[:, :, None, None]
     outputs = pointwise_weight.shape[0]

@@ -19,6 +19,7 @@ from ..layout import empty_nhwc, output_size
 from ._common import (
     Padding,
     check_activation,
+    check_filled,
     check_geometry,
     check_like,
     check_shape,
@@ -93,6 +94,7 @@ def mbconv_arguments(
     """The dispatcher op's arguments, checked as :func:`mbconv` says."""
     geometry = MBConvGeometry() if geometry is None else geometry
     check_tensor(OP, "input", input, 4)
+    check_filled(OP, "input", input, first=1)
     p = parameters
     channels = input.shape[1]
     expand_weight = p.expand_weight
@@ -102,6 +104,7 @@ def mbconv_arguments(
         check_vector(OP, "expand_bias", p.expand_bias, expand_weight.shape[0], input)
     expanded = channels if expand_weight is None else expand_weight.shape[0]
     check_tensor(OP, "depthwise_weight", p.depthwise_weight, 4)
+    check_filled(OP, "depthwise_weight", p.depthwise_weight)
     if p.depthwise_weight.shape[0] != expanded:
         raise ValueError(
             f"{OP}: depthwise_weight has {p.depthwise_weight.shape[0]} channels, "
@@ -168,6 +171,7 @@ def mbconv_arguments(
 def _checked_pointwise(argument: str, weight: Tensor, channels: int, input: Tensor) -> Tensor:
     """``weight`` as [K, channels, 1, 1]."""
     check_tensor(OP, argument, weight, (2, 4))
+    check_filled(OP, argument, weight)
     if weight.shape[1] != channels:
         raise ValueError(
             f"{OP}: {argument} has {weight.shape[1]} channels, its input has {channels}"

@@ -16,6 +16,7 @@ from ..dispatch import Implementation, define
 from ..layout import empty_nhwc
 from ._common import (
     check_activation,
+    check_filled,
     check_like,
     check_shape,
     check_tensor,
@@ -77,7 +78,9 @@ def pointwise_conv_arguments(
 ) -> tuple[Any, ...]:
     """The dispatcher op's arguments, checked as :func:`pointwise_conv` says."""
     check_tensor(OP, "input", input, 4)
+    check_filled(OP, "input", input, first=1)
     check_tensor(OP, "weight", weight, (2, 4))
+    check_filled(OP, "weight", weight)
     if weight.shape[1] != input.shape[1]:
         raise ValueError(f"{OP}: weight has {weight.shape[1]} channels, input has {input.shape[1]}")
     channels = weight.shape[0]
@@ -99,8 +102,6 @@ def pointwise_conv_arguments(
         check_shape(OP, "residual", residual, (input.shape[0], channels, *input.shape[2:]))
         check_like(OP, "residual", residual, input)
     check_activation(OP, activation)
-    if input.shape[2] * input.shape[3] == 0:
-        raise ValueError(f"{OP}: input has no pixels {tuple(input.shape)}")
     return input, weight, scale, bias, gate, residual, activation, return_mean
 
 

@@ -17,6 +17,7 @@ from ..layout import empty_nhwc, nhwc
 from ._common import (
     apply_activation,
     check_activation,
+    check_filled,
     check_like,
     check_tensor,
     check_vector,
@@ -29,6 +30,7 @@ GATE_OP = "squeeze_excite_gate"
 def _checked_matrix(op: str, argument: str, weight: Tensor, input: Tensor) -> Tensor:
     """``weight`` [rows, columns, 1, 1] or [rows, columns] as a matrix."""
     check_tensor(op, argument, weight, (2, 4))
+    check_filled(op, argument, weight)
     check_like(op, argument, weight, input)
     if weight.dim() == 4:
         if weight.shape[2:] != (1, 1):
@@ -93,13 +95,12 @@ def squeeze_excite(
         BackendUnavailable: if a backend was asked for that cannot run this call.
     """
     check_tensor(OP, "input", input, 4)
+    check_filled(OP, "input", input, first=1)
     reduce_matrix, expand_matrix = check_squeeze_excite(
         OP, input, input.shape[1], (reduce_weight, reduce_bias, expand_weight, expand_bias)
     )
     check_activation(OP, activation)
     check_activation(OP, gate_activation, "gate_activation")
-    if input.shape[2] * input.shape[3] == 0:
-        raise ValueError(f"{OP}: input has no pixels {tuple(input.shape)}")
     return _op(
         input, reduce_matrix, reduce_bias, expand_matrix, expand_bias, activation, gate_activation
     )
