@@ -1,9 +1,12 @@
 // Depthwise sliding windows over rows of NHWC pixels.
 //
-// A tile is kTilePixels neighbouring outputs of one vector of channels: for every tap one load of
-// the weights and, per output, one fma with the input from memory, which a core can load as fast
-// as it multiplies. Kernel size, dilation and stride stay run-time values: the tap loop's overhead
-// is spread over 8 outputs, and k = 3, 5 and 7 then share one function.
+// A tile is a few neighbouring outputs of one vector of channels: for every tap one load of the
+// weights and, per output, one fma with the input from memory, which a core can load as fast as it
+// multiplies. Kernel size, dilation and stride stay run-time values: the tap loop's overhead is
+// spread over the outputs, and k = 3, 5 and 7 then share one function. A row is cut greedily into
+// tiles of 14 (where there are 32 registers), 7, 4, 2 and 1: 7 divides the rows of a 224-pixel
+// network, and a single output waits for its one chain of fma (8, 4 and 1 cut 7 into 4 + 1 + 1 +
+// 1).
 #pragma once
 
 #include "common/activation.h"
@@ -11,8 +14,12 @@
 namespace effkernels {
 namespace EFFKERNELS_ISA {
 
-constexpr int kTilePixels = 8;
-constexpr int kRowPixels = 64;  // outputs whose sums are finished together
+#if EFFKERNELS_ISA_ID == EFFKERNELS_ID_avx512 || EFFKERNELS_ISA_ID == EFFKERNELS_ID_neon
+constexpr int kTilePixels = 14;
+#else
+constexpr int kTilePixels = 7;
+#endif
+constexpr int kRowPixels = 56;  // outputs whose sums are finished together
 
 // tile[t * Vec::size] = sum over taps (y, x in [x_begin, x_end)) of
 //   weight[(y * kernel_w + x) * weight_stride] * rows[y][x * tap_step + t * pixel_step]
@@ -51,6 +58,19 @@ EFFKERNELS_INLINE void window_tile(const T* const* rows, int64_t offset, const G
   for (int t = 0; t < kCount; t++) sums[t].store(tile + t * Vec::size);
 }
 
+// Calls tile(count, x) with the largest of kCount, 7, 4, 2, 1 outputs that fits, as often as it
+// does, until [begin, end) is covered.
+template <int kCount, class Tile>
+EFFKERNELS_INLINE void cover(int64_t begin, int64_t end, Tile&& tile) {
+  for (; begin + kCount <= end; begin += kCount) {
+    tile(std::integral_constant<int, kCount>{}, begin);
+  }
+  if constexpr (kCount > 1) {
+    constexpr int kNext = kCount == 14 ? 7 : kCount == 7 ? 4 : kCount / 2;
+    cover<kNext>(begin, end, tile);
+  }
+}
+
 // One output row of an unpadded image for `channels` channels of `image` (its channel 0 at the
 // pointer). Row y of the window is image row `top + y * dilation`; outside ones are padding.
 template <class T, class Out>
@@ -75,23 +95,23 @@ inline void window_row(const T* image, const Images& in, const Geometry& g, int6
     const int64_t valid = min_of(in.channels - c, Vec::size);
     for (int64_t begin = 0; begin < out_width; begin += kRowPixels) {
       const int64_t end = min_of(out_width, begin + kRowPixels);
-      int64_t x = begin;
-      while (x < end) {
-        float* tile = sums + (x - begin) * Vec::size;
-        const int64_t start = x * g.stride_w - g.left;
-        if (x >= inner_begin && x + kTilePixels <= min_of(inner_end, end)) {
-          window_tile<kTilePixels>(rows, start * pixel + c, g, 0, g.kernel_w, tap_step, pixel_step,
-                                   weight + c, weight_stride, valid, tile);
-          x += kTilePixels;
-          continue;
-        }
-        const int64_t last = in.width - 1 - start;  // the furthest reach inside the image
+      const auto start = [&](int64_t x) { return x * g.stride_w - g.left; };
+      const auto tile = [&](int64_t x) { return sums + (x - begin) * Vec::size; };
+      const auto border = [&](int64_t x) {
+        const int64_t last = in.width - 1 - start(x);  // the furthest reach inside the image
         const int64_t x_end = last < 0 ? 0 : min_of(g.kernel_w, last / g.dilation_w + 1);
-        const int64_t x_begin = start >= 0 ? 0 : ceil_div(-start, g.dilation_w);
-        window_tile<1>(rows, start * pixel + c, g, min_of(x_begin, x_end), x_end, tap_step,
-                       pixel_step, weight + c, weight_stride, valid, tile);
-        x++;
-      }
+        const int64_t x_begin = start(x) >= 0 ? 0 : ceil_div(-start(x), g.dilation_w);
+        window_tile<1>(rows, start(x) * pixel + c, g, min_of(x_begin, x_end), x_end, tap_step,
+                       pixel_step, weight + c, weight_stride, valid, tile(x));
+      };
+      const int64_t from = min_of(end, max_of(begin, inner_begin));
+      const int64_t to = max_of(from, min_of(end, inner_end));
+      for (int64_t x = begin; x < from; x++) border(x);
+      cover<kTilePixels>(from, to, [&](auto count, int64_t x) {
+        window_tile<decltype(count)::value>(rows, start(x) * pixel + c, g, 0, g.kernel_w, tap_step,
+                                            pixel_step, weight + c, weight_stride, valid, tile(x));
+      });
+      for (int64_t x = to; x < end; x++) border(x);
       finish_rows<Out>(sums, Vec::size, end - begin, valid, epilogue, c,
                        static_cast<const Out*>(nullptr), out + begin * pixel + c, pixel,
                        sum == nullptr ? nullptr : sum + c);
@@ -124,13 +144,9 @@ inline void padded_window_row(const float* const* rows, const Geometry& g, int64
   for (int64_t c = 0; c < channels; c += Vec::size) {
     for (int64_t begin = 0; begin < out_width; begin += kRowPixels) {
       const int64_t end = min_of(out_width, begin + kRowPixels);
-      int64_t x = begin;
-      const auto tile = [&] { return sums + (x - begin) * Vec::size; };
-      for (; x + kTilePixels <= end; x += kTilePixels) {
-        tiles(std::integral_constant<int, kTilePixels>{}, x, c, tile());
-      }
-      for (; x + 4 <= end; x += 4) tiles(std::integral_constant<int, 4>{}, x, c, tile());
-      for (; x < end; x++) tiles(std::integral_constant<int, 1>{}, x, c, tile());
+      cover<kTilePixels>(begin, end, [&](auto count, int64_t x) {
+        tiles(count, x, c, sums + (x - begin) * Vec::size);
+      });
       finish_rows<float>(sums, Vec::size, end - begin, min_of(channels - c, Vec::size), epilogue,
                          first_channel + c, nullptr, out + begin * out_stride + c, out_stride,
                          sum == nullptr ? nullptr : sum + c);

@@ -94,10 +94,11 @@ class Plan:
         # Keeps a replaced memory from being handed out again at the same address.
         self._kept = tuple(tensor.untyped_storage() for tensor in tensors)
 
-    def valid(self) -> bool:
-        """Whether the modules are still what the plan was made from."""
+    def valid(self, owner: nn.Module) -> bool:
+        """Whether ``owner`` is still what the plan was made from."""
         return (
-            self._generation == generation()
+            self._modules[0] is owner  # a shallow copy has its plans, and children of its own
+            and self._generation == generation()
             and all(map(is_, map(dict.get, self._tables, self._names), self._values))
             and tuple(map(_version, self._tensors)) == self._versions
             and tuple(map(_data_ptr, self._tensors)) == self._pointers
@@ -153,7 +154,7 @@ class Planned(nn.Module):
         plans: dict[Hashable, Plan] = self.__dict__.setdefault("_plans", {})
         key = (input.shape[1:], input.dtype, input.device)
         plan = plans.get(key)
-        if plan is None or not plan.valid():
+        if plan is None or not plan.valid(self):
             if can_run(input) is not None or not _trackable(self):
                 return None
             if len(plans) >= _MOST_PLANS:

@@ -302,7 +302,11 @@ BAD = {
         ValueError,
         "weight has a 4×3 kernel, odd sizes",
     ),
-    "empty kernel": ({"weight": torch.randn(3, 1, 0, 3)}, ValueError, "weight has a 0×3 kernel"),
+    "empty kernel": (
+        {"weight": torch.randn(3, 1, 0, 3)},
+        ValueError,
+        r"weight has an empty dimension \(3, 1, 0, 3\)",
+    ),
     "bias has another size": (
         {"bias": torch.randn(4)},
         ValueError,

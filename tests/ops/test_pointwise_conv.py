@@ -255,7 +255,7 @@ BAD = {
     "input has no pixels": (
         {"input": X[:, :, :0]},
         ValueError,
-        r"input has no pixels \(2, 3, 0, 5\)",
+        r"input has an empty dimension \(2, 3, 0, 5\)",
     ),
     "weight is none": ({"weight": None}, TypeError, "weight is NoneType, a torch.Tensor"),
     "weight has 3 dimensions": (

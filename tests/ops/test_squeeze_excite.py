@@ -320,7 +320,7 @@ BAD_INPUT = {
     "input has no pixels": (
         {"input": X[..., :0]},
         ValueError,
-        r"input has no pixels \(2, 4, 3, 0\)",
+        r"input has an empty dimension \(2, 4, 3, 0\)",
     ),
 }
 BAD_MEAN = {
