@@ -50,7 +50,9 @@ class Plan:
     """
 
     __slots__ = (
+        "_children",
         "_classes",
+        "_counts",
         "_generation",
         "_hooks",
         "_kept",
@@ -69,6 +71,8 @@ class Plan:
         self._modules = modules = tuple(owner.modules())
         self._classes = tuple(map(type, modules))
         self._generation = generation()
+        self._children = tuple(m._modules for m in modules if m._modules)
+        self._counts = tuple(map(len, self._children))
         entries: list[tuple[dict[str, Any], str, Any]] = []
         tensors: list[Tensor] = []
         for module in modules:
@@ -99,6 +103,7 @@ class Plan:
         return (
             self._modules[0] is owner  # a shallow copy has its plans, and children of its own
             and self._generation == generation()
+            and tuple(map(len, self._children)) == self._counts
             and all(map(is_, map(dict.get, self._tables, self._names), self._values))
             and tuple(map(_version, self._tensors)) == self._versions
             and tuple(map(_data_ptr, self._tensors)) == self._pointers
