@@ -295,7 +295,7 @@ def test_misspelt_option() -> None:
 
 @pytest.mark.parametrize(
     ("shape", "message"),
-    [((3, 64, 64), "dimensions"), ((1, 4, 64, 64), "channels"), ((1, 3, 0, 64), "no output")],
+    [((3, 64, 64), "dimensions"), ((1, 4, 64, 64), "channels"), ((1, 3, 0, 64), "empty dimension")],
 )
 def test_bad_images(shape: tuple[int, ...], message: str) -> None:
     network = ek.models.efficientnet_lite0(num_classes=2).eval()
