@@ -3,6 +3,7 @@
 from .activation import SiLU
 from .batch_norm_act import BatchNormAct2d
 from .conv_norm_act import ConvNormAct
+from .fused_mbconv import FusedMBConv
 from .mbconv import DepthwiseSeparableConv, MBConv
 from .squeeze_excite import SqueezeExcite
 
@@ -10,6 +11,7 @@ __all__ = [
     "BatchNormAct2d",
     "ConvNormAct",
     "DepthwiseSeparableConv",
+    "FusedMBConv",
     "MBConv",
     "SiLU",
     "SqueezeExcite",

@@ -171,12 +171,12 @@ class MBConv(Planned):
             return (
                 ConvNorm(self.conv_pw, self.bn1, self.act1),
                 ConvNorm(self.conv_dw, self.bn2, self.act2, self._same),
-                ConvNorm(self.conv_pwl, self.bn3, _NONE),
+                ConvNorm(self.conv_pwl, self.bn3, NO_ACTIVATION),
             )
         return (
             None,
             ConvNorm(self.conv_dw, self.bn1, self.act1, self._same),
-            ConvNorm(self.conv_pw, self.bn2, _NONE),
+            ConvNorm(self.conv_pw, self.bn2, NO_ACTIVATION),
         )
 
     def _whole_block(
@@ -274,7 +274,7 @@ class DepthwiseSeparableConv(MBConv):
         )
 
 
-_NONE = nn.Identity()  # the projection is linear
+NO_ACTIVATION = nn.Identity()  # the projection is linear
 
 
 def _fusible(stage: ConvNorm, kind: str) -> bool:
