@@ -33,6 +33,10 @@
 // (common/gemm.h).
 // perf says of 13 ms: matrix product 7.7, at the core's peak of 95 GFLOP/s; expand's epilogue 1.0;
 // window with its epilogue 2.1; Python 1.2.
+#include "common/gate.h"
+#include "common/gemm.h"
+#include "common/reduce.h"
+#include "common/window.h"
 #include "mbconv/mbconv.h"
 
 namespace effkernels {
