@@ -27,8 +27,12 @@ _WATCHED = (
     "stride",
     "padding",
     "dilation",
+    "groups",
+    "padding_mode",
     "eps",
     "has_residual",
+    "drop_path",
+    "drop_rate",
 )
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")  # without gradients the others never run
 
@@ -42,7 +46,7 @@ Run = Callable[[Tensor], Tensor]
 
 
 class Plan:
-    """``run``, valid for as long as ``modules`` stay what they are.
+    """``run``, valid for as long as ``owner`` stays what it is.
 
     Args:
         owner: the module that ``run`` stands for, with everything in it.
