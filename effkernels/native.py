@@ -26,7 +26,9 @@ _DTYPES = (torch.float32, torch.bfloat16)
 # The order of `enum class Activation` in csrc/common/types.h.
 _ACTIVATION_CODES = {
     name: code
-    for code, name in enumerate(("none", "relu", "relu6", "silu", "hard_swish", "sigmoid"))
+    for code, name in enumerate(
+        ("none", "relu", "relu6", "silu", "hard_swish", "sigmoid", "hard_sigmoid")
+    )
 }
 
 

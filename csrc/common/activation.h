@@ -75,6 +75,9 @@ EFFKERNELS_INLINE Vec activate(Vec x) {
   } else if constexpr (kActivation == Activation::hard_swish) {
     const Vec gate = min(Vec::set1(6.0f), max(Vec::set1(0.0f), x + Vec::set1(3.0f)));
     return x * (gate * Vec::set1(1.0f / 6.0f));
+  } else if constexpr (kActivation == Activation::hard_sigmoid) {
+    const Vec gate = min(Vec::set1(6.0f), max(Vec::set1(0.0f), x + Vec::set1(3.0f)));
+    return gate * Vec::set1(1.0f / 6.0f);
   } else if constexpr (kActivation == Activation::silu) {
     return sigmoid_product<true>(x);
   } else if constexpr (kActivation == Activation::sigmoid) {
@@ -105,6 +108,8 @@ EFFKERNELS_INLINE void with_activation(Activation activation, F&& body) {
       return body(ActivationConstant<Activation::hard_swish>{});
     case Activation::sigmoid:
       return body(ActivationConstant<Activation::sigmoid>{});
+    case Activation::hard_sigmoid:
+      return body(ActivationConstant<Activation::hard_sigmoid>{});
   }
 }
 

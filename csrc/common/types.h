@@ -14,8 +14,8 @@ struct bf16 {
 enum class DType { f32, bf16 };
 
 // The order is part of the interface: effkernels/native.py passes the number.
-enum class Activation : int64_t { none, relu, relu6, silu, hard_swish, sigmoid };
-constexpr int64_t kActivations = 6;
+enum class Activation : int64_t { none, relu, relu6, silu, hard_swish, sigmoid, hard_sigmoid };
+constexpr int64_t kActivations = 7;
 
 // A sliding window over an image. Right and bottom padding follow from the output's size.
 struct Geometry {

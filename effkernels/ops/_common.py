@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..layout import nhwc, output_size
 
-ACTIVATIONS = ("none", "relu", "relu6", "silu", "hard_swish", "sigmoid")
+ACTIVATIONS = ("none", "relu", "relu6", "silu", "hard_swish", "sigmoid", "hard_sigmoid")
 
 Padding = str | int | Sequence[int]
 
@@ -30,6 +30,8 @@ def apply_activation(input: Tensor, name: str) -> Tensor:
         return F.hardswish(input)
     if name == "sigmoid":
         return torch.sigmoid(input)
+    if name == "hard_sigmoid":
+        return F.hardsigmoid(input)
     raise ValueError(f"activation: unknown activation {name!r}; accepted are {_listed()}")
 
 

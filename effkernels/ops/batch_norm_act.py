@@ -52,7 +52,7 @@ def batch_norm_act(
         training: use the batch's statistics.
         momentum: share of the new statistics in the running ones.
         eps: added to the variance.
-        activation: ``none, relu, relu6, silu, hard_swish`` or ``sigmoid``.
+        activation: one of ``none, relu, relu6, silu, hard_swish, sigmoid, hard_sigmoid``.
         residual: [N, C, H, W] or None: added before the activation.
 
     Returns:

@@ -51,7 +51,7 @@ def conv(
             pair or (left, right, top, bottom).
         dilation: distance between taps, one number or (vertical, horizontal).
         residual: [N, K, H', W'] or None: added before the activation.
-        activation: ``none, relu, relu6, silu, hard_swish`` or ``sigmoid``.
+        activation: one of ``none, relu, relu6, silu, hard_swish, sigmoid, hard_sigmoid``.
         scale: [K] or None: multiplies the convolution before ``bias`` is added.
 
     Returns:

@@ -51,7 +51,7 @@ def depthwise_conv(
         padding: ``"symmetric"``, ``"same"`` (TensorFlow's), an int, a (vertical, horizontal)
             pair or (left, right, top, bottom).
         dilation: distance between taps, one number or (vertical, horizontal).
-        activation: ``none, relu, relu6, silu, hard_swish`` or ``sigmoid``.
+        activation: one of ``none, relu, relu6, silu, hard_swish, sigmoid, hard_sigmoid``.
         return_mean: also return the spatial mean of the result, from the same pass.
         scale: [C] or None: multiplies the convolution before ``bias`` is added (a folded
             BatchNorm that leaves ``weight`` as it is).

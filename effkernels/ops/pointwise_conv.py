@@ -47,7 +47,7 @@ def pointwise_conv(
         bias: [K] or None, in ``input``'s dtype or float32.
         gate: [N, C] or [N, C, 1, 1] or None: multiplies the input (squeeze-and-excitation).
         residual: [N, K, H, W] or None: added before the activation.
-        activation: ``none, relu, relu6, silu, hard_swish`` or ``sigmoid``.
+        activation: one of ``none, relu, relu6, silu, hard_swish, sigmoid, hard_sigmoid``.
         return_mean: also return the spatial mean of the result, from the same pass.
         scale: [K] or None: multiplies the convolution before ``bias`` is added.
 

@@ -33,7 +33,7 @@ def activation(input: Tensor, name: str) -> Tensor:
 
     Args:
         input: floating-point tensor.
-        name: ``none, relu, relu6, silu, hard_swish`` or ``sigmoid``.
+        name: one of ``none, relu, relu6, silu, hard_swish, sigmoid, hard_sigmoid``.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is accepted.
@@ -73,6 +73,8 @@ def activation_gradient(gradient: Tensor, input: Tensor, name: str) -> Tensor:
         return gradient * (input > 0)
     if name == "relu6":
         return gradient * ((input > 0) & (input < 6))
+    if name == "hard_sigmoid":
+        return gradient * (((input > -3) & (input < 3)) / 6)
     slope = torch.where(input < 3, input / 3 + 0.5, torch.ones_like(input))  # hard_swish
     return gradient * torch.where(input > -3, slope, torch.zeros_like(input))
 

@@ -152,8 +152,9 @@ void silu_cases(DType dtype) {
   Values sizes;
   for (int size = 1; size <= 40; size++) sizes.push_back(size);
   sizes.push_back(3 * 4096 + 5);
-  for (Activation activation : {Activation::none, Activation::relu, Activation::relu6,
-                                Activation::silu, Activation::hard_swish, Activation::sigmoid}) {
+  for (Activation activation :
+       {Activation::none, Activation::relu, Activation::relu6, Activation::silu,
+        Activation::hard_swish, Activation::sigmoid, Activation::hard_sigmoid}) {
     size_t next = 0;
     for (double size : sizes) {
       Values x = draw(dtype, static_cast<int64_t>(size), 90.0 * uniform(0.0, 1.0)), want;

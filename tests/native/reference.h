@@ -129,6 +129,8 @@ inline double activate(Activation activation, double x) {
       return x * (std::min(6.0, std::max(0.0, x + 3.0)) / 6.0);
     case Activation::sigmoid:
       return 1.0 / (1.0 + std::exp(-x));
+    case Activation::hard_sigmoid:
+      return std::min(6.0, std::max(0.0, x + 3.0)) / 6.0;
     default:
       return x;
   }

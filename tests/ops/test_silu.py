@@ -215,6 +215,7 @@ def test_gradients_are_those_of_pytorch(name):
         "silu": torch.nn.functional.silu,
         "hard_swish": torch.nn.functional.hardswish,
         "sigmoid": torch.sigmoid,
+        "hard_sigmoid": torch.nn.functional.hardsigmoid,
     }
     input = torch.tensor([-100.0, -3.0, -2.9, -0.0, 0.0, 2.5, 3.0, 6.0, 7.0, 100.0])
     ours, theirs = input.clone().requires_grad_(), input.clone().requires_grad_()
@@ -264,7 +265,7 @@ BAD = {
         (torch.ones(3), "swish"),
         ValueError,
         "name is 'swish', unknown activation; accepted are 'none', 'relu', 'relu6', 'silu', "
-        "'hard_swish', 'sigmoid'",
+        "'hard_swish', 'sigmoid', 'hard_sigmoid'",
     ),
     "name is a function": ((torch.ones(3), len), ValueError, "name is <built-in function len>"),
     "name cannot be hashed": ((torch.ones(3), ["silu"]), ValueError, r"name is \['silu'\], unk"),
