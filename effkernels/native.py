@@ -8,9 +8,9 @@ only. Packing is plain PyTorch, one layout for every instruction set.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,9 @@ from .cache import cached
 from .layout import empty_nhwc, nhwc, output_size
 
 _PANEL = 16  # output channels side by side in packed weights; csrc/common/gemm.h kPanel
-_DTYPES = (torch.float32, torch.bfloat16)
+_NO_GEOMETRY = [1, 1, 1, 1, 1, 1, 0, 0]
+_RESIDUAL = 16  # place of `residual` among mbconv's arguments after its input
+DTYPES = (torch.float32, torch.bfloat16)
 # ruff: noqa: D103 -- a function here is the op of its name, documented in effkernels/ops
 # The order of `enum class Activation` in csrc/common/types.h.
 _ACTIVATION_CODES = {
@@ -85,9 +87,14 @@ def can_run(input: Tensor, *rest: Any) -> str | None:
         return _error
     if input.device.type != "cpu":
         return f"input is on {input.device}; the native kernels of this version run on the CPU"
-    if input.dtype not in _DTYPES:
+    if input.dtype not in DTYPES:
         return f"input has dtype {input.dtype}; float32 and bfloat16 are accepted"
     return None
+
+
+def activation_codes(names: Sequence[str]) -> list[int]:
+    """The kernels' numbers of activations."""
+    return [_ACTIVATION_CODES[name] for name in names]
 
 
 def _float32(vector: Tensor | None) -> Tensor | None:
@@ -97,14 +104,18 @@ def _float32(vector: Tensor | None) -> Tensor | None:
     return cached("float32", (vector,), lambda: vector.detach().float().contiguous())
 
 
+def gemm_panels(matrix: Tensor) -> Tensor:
+    """[K, depth] as float32 panels [ceil(K / 16), depth, 16], zero beyond K."""
+    channels, depth = matrix.shape
+    matrix = F.pad(matrix.detach().float(), (0, 0, 0, -channels % _PANEL))
+    return matrix.view(-1, _PANEL, depth).transpose(1, 2).contiguous()
+
+
 def _gemm_panels(weight: Tensor) -> Tensor:
-    """[K, C, kh, kw] as float32 panels [ceil(K / 16), kh·kw·C, 16], zero beyond K."""
+    """[K, C, kh, kw] as panels of depth kh·kw·C, kept."""
 
     def pack() -> Tensor:
-        matrix = weight.detach().float().permute(0, 2, 3, 1).flatten(1)  # [K, kh·kw·C]
-        channels, depth = matrix.shape
-        matrix = F.pad(matrix, (0, 0, 0, -channels % _PANEL))
-        return matrix.view(-1, _PANEL, depth).transpose(1, 2).contiguous()
+        return gemm_panels(weight.detach().permute(0, 2, 3, 1).flatten(1))
 
     return cached("gemm", (weight,), pack)
 
@@ -131,11 +142,45 @@ def _transposed(weight: Tensor) -> Tensor:
     return cached("transposed", (weight,), lambda: weight.detach().float().t().contiguous())
 
 
+class Packed(NamedTuple):
+    """What a convolution's kernel is given besides images; the same in an op and in a program."""
+
+    weights: tuple[Tensor | None, ...]  # packed, in the order of the op's arguments
+    geometry: list[int]
+    activations: list[int]
+    size: tuple[int, int, int]  # channels, height, width of the output
+
+
 def _geometry(
     weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
 ) -> list[int]:
     """csrc/common/types.h `Geometry`: kernel, stride, dilation (height, width), left, top."""
     return [*weight.shape[2:], *stride, *dilation, padding[0], padding[2]]
+
+
+def _pack_convolution(
+    pack_weight: Callable[[Tensor], Tensor],
+    input: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    activation: str,
+) -> Packed:
+    geometry = _geometry(weight, stride, padding, dilation)
+    size = output_size(input.shape[2:], geometry[:2], stride, padding, dilation)
+    return Packed(
+        (pack_weight(weight), _float32(scale), _float32(bias)),
+        geometry,
+        activation_codes([activation]),
+        (weight.shape[0], *size),
+    )
+
+
+def pack_depthwise_conv(input: Tensor, *arguments: Any) -> Packed:
+    return _pack_convolution(_depthwise_taps, input, *arguments)
 
 
 def depthwise_conv(
@@ -149,24 +194,29 @@ def depthwise_conv(
     activation: str,
     return_mean: bool,
 ) -> tuple[Tensor, Tensor]:
-    geometry = _geometry(weight, stride, padding, dilation)
-    output = empty_nhwc(
-        input,
-        input.shape[1],
-        *output_size(input.shape[2:], geometry[:2], stride, padding, dilation),
-    )
+    packed = pack_depthwise_conv(input, weight, scale, bias, stride, padding, dilation, activation)
+    output = empty_nhwc(input, *packed.size)
     mean = torch.empty(output.shape[:2] if return_mean else 0, dtype=input.dtype)
     torch.ops.effkernels_cpu.depthwise_conv(
         output,
         mean if return_mean else None,
         nhwc(input),
-        _depthwise_taps(weight),
-        _float32(scale),
-        _float32(bias),
-        geometry,
-        _ACTIVATION_CODES[activation],
+        *packed.weights,
+        packed.geometry,
+        *packed.activations,
     )
     return output, mean
+
+
+def pack_pointwise_conv(
+    input: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, activation: str
+) -> Packed:
+    return Packed(
+        (_gemm_panels(weight), _float32(scale), _float32(bias)),
+        _NO_GEOMETRY,
+        activation_codes([activation]),
+        (weight.shape[0], *input.shape[2:]),
+    )
 
 
 def pointwise_conv(
@@ -179,48 +229,27 @@ def pointwise_conv(
     activation: str,
     return_mean: bool,
 ) -> tuple[Tensor, Tensor]:
-    return prepare_pointwise_conv(
-        input, weight, scale, bias, gate, residual, activation, return_mean
-    )(input)
-
-
-def prepare_pointwise_conv(
-    example: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    residual: Tensor | None,
-    activation: str,
-    return_mean: bool,
-) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """The op with everything but its input bound; see :func:`prepare_mbconv`."""
-    arguments = (
-        _gemm_panels(weight),
-        _float32(scale),
-        _float32(bias),
+    packed = pack_pointwise_conv(input, weight, scale, bias, activation)
+    output = empty_nhwc(input, *packed.size)
+    mean = torch.empty(output.shape[:2] if return_mean else 0, dtype=input.dtype)
+    torch.ops.effkernels_cpu.pointwise_conv(
+        output,
+        mean if return_mean else None,
+        nhwc(input),
+        *packed.weights,
         None if gate is None else gate.float().contiguous(),
         None if residual is None else nhwc(residual),
-        _ACTIVATION_CODES[activation],
+        *packed.activations,
     )
-    channels = weight.shape[0]
-    op = torch.ops.effkernels_cpu.pointwise_conv.default
-
-    def run(input: Tensor) -> tuple[Tensor, Tensor]:
-        output = empty_nhwc(input, channels, *input.shape[2:])
-        mean = torch.empty(output.shape[:2] if return_mean else 0, dtype=input.dtype)
-        op(output, mean if return_mean else None, nhwc(input), *arguments)
-        return output, mean
-
-    return run
+    return output, mean
 
 
-def conv(input: Tensor, *arguments: Any) -> Tensor:
-    return prepare_conv(input, *arguments)(input)
+def pack_conv(input: Tensor, *arguments: Any) -> Packed:
+    return _pack_convolution(_gemm_panels, input, *arguments)
 
 
-def prepare_conv(
-    example: Tensor,
+def conv(
+    input: Tensor,
     weight: Tensor,
     scale: Tensor | None,
     bias: Tensor | None,
@@ -229,71 +258,52 @@ def prepare_conv(
     dilation: list[int],
     residual: Tensor | None,
     activation: str,
-) -> Callable[[Tensor], Tensor]:
-    """The op with everything but its input bound; see :func:`prepare_mbconv`."""
-    geometry = _geometry(weight, stride, padding, dilation)
-    arguments = (
-        _gemm_panels(weight),
-        _float32(scale),
-        _float32(bias),
-        geometry,
-        None if residual is None else nhwc(residual),
-        _ACTIVATION_CODES[activation],
-    )
-    channels = weight.shape[0]
-    size = output_size(example.shape[2:], geometry[:2], stride, padding, dilation)
-    op = torch.ops.effkernels_cpu.conv.default
-
-    def run(input: Tensor) -> Tensor:
-        output = empty_nhwc(input, channels, *size)
-        op(output, nhwc(input), *arguments)
-        return output
-
-    return run
-
-
-def squeeze_excite(
-    input: Tensor,
-    reduce_weight: Tensor,
-    reduce_bias: Tensor | None,
-    expand_weight: Tensor,
-    expand_bias: Tensor | None,
-    activation: str,
-    gate_activation: str,
 ) -> Tensor:
-    output = empty_nhwc(input, *input.shape[1:])
-    torch.ops.effkernels_cpu.squeeze_excite(
+    packed = pack_conv(input, weight, scale, bias, stride, padding, dilation, activation)
+    output = empty_nhwc(input, *packed.size)
+    torch.ops.effkernels_cpu.conv(
         output,
         nhwc(input),
-        _matrix(reduce_weight),
-        _float32(reduce_bias),
-        _transposed(expand_weight),
-        _float32(expand_bias),
-        _ACTIVATION_CODES[activation],
-        _ACTIVATION_CODES[gate_activation],
+        *packed.weights,
+        packed.geometry,
+        None if residual is None else nhwc(residual),
+        *packed.activations,
     )
     return output
 
 
-def squeeze_excite_gate(
-    mean: Tensor,
+def pack_squeeze_excite(
     reduce_weight: Tensor,
     reduce_bias: Tensor | None,
     expand_weight: Tensor,
     expand_bias: Tensor | None,
     activation: str,
     gate_activation: str,
-) -> Tensor:
+) -> tuple[tuple[Tensor | None, ...], list[int]]:
+    """Weights and activations; there is no more to know."""
+    return (
+        (
+            _matrix(reduce_weight),
+            _float32(reduce_bias),
+            _transposed(expand_weight),
+            _float32(expand_bias),
+        ),
+        activation_codes([activation, gate_activation]),
+    )
+
+
+def squeeze_excite(input: Tensor, *arguments: Any) -> Tensor:
+    weights, activations = pack_squeeze_excite(*arguments)
+    output = empty_nhwc(input, *input.shape[1:])
+    torch.ops.effkernels_cpu.squeeze_excite(output, nhwc(input), *weights, *activations)
+    return output
+
+
+def squeeze_excite_gate(mean: Tensor, *arguments: Any) -> Tensor:
+    weights, activations = pack_squeeze_excite(*arguments)
     gate = torch.empty(mean.shape, dtype=torch.float32)
     torch.ops.effkernels_cpu.squeeze_excite_gate(
-        gate,
-        mean.float().contiguous(),
-        _matrix(reduce_weight),
-        _float32(reduce_bias),
-        _transposed(expand_weight),
-        _float32(expand_bias),
-        _ACTIVATION_CODES[activation],
-        _ACTIVATION_CODES[gate_activation],
+        gate, mean.float().contiguous(), *weights, *activations
     )
     return gate.to(mean.dtype)
 
@@ -374,12 +384,8 @@ def depthwise_separable_conv(
     return output
 
 
-def mbconv(input: Tensor, *arguments: Any) -> Tensor:
-    return prepare_mbconv(input, *arguments)(input)
-
-
-def prepare_mbconv(
-    example: Tensor,
+def pack_mbconv(
+    input: Tensor,
     expand_weight: Tensor | None,
     expand_scale: Tensor | None,
     expand_bias: Tensor | None,
@@ -401,10 +407,7 @@ def prepare_mbconv(
     se_activation: str,
     gate_activation: str,
     project_activation: str,
-) -> Callable[[Tensor], Tensor]:
-    """The op with everything but its input bound, for inputs of ``example``'s shape (but for the
-    batch), dtype and device.
-    """
+) -> Packed:
     weights = (
         None if expand_weight is None else _gemm_panels(expand_weight),
         _float32(expand_scale),
@@ -422,14 +425,20 @@ def prepare_mbconv(
     )
     geometry = _geometry(depthwise_weight, stride, padding, dilation)
     names = (activation, se_activation, gate_activation, project_activation)
-    options = (geometry, residual, [_ACTIVATION_CODES[name] for name in names])
-    size = output_size(example.shape[2:], geometry[:2], stride, padding, dilation)
-    channels = project_weight.shape[0]
-    op = torch.ops.effkernels_cpu.mbconv.default
+    size = output_size(input.shape[2:], geometry[:2], stride, padding, dilation)
+    return Packed(
+        weights,
+        geometry,
+        activation_codes(names),
+        (project_weight.shape[0], *size),
+    )
 
-    def run(input: Tensor) -> Tensor:
-        output = empty_nhwc(input, channels, *size)
-        op(output, nhwc(input), *weights, *options)
-        return output
 
-    return run
+def mbconv(input: Tensor, *arguments: Any) -> Tensor:
+    packed = pack_mbconv(input, *arguments)
+    output = empty_nhwc(input, *packed.size)
+    residual = arguments[_RESIDUAL]
+    torch.ops.effkernels_cpu.mbconv(
+        output, nhwc(input), *packed.weights, packed.geometry, residual, packed.activations
+    )
+    return output

@@ -18,14 +18,8 @@ from torch import Tensor, nn
 
 from effkernels.modules import MBConv, arguments
 from effkernels.modules.conv_norm_act import same_or_own_padding
-from effkernels.modules.fused import (
-    ConvNorm,
-    conv_norm_act,
-    prepare_conv_norm_act,
-    prepare_linear,
-)
-from effkernels.modules.hooks import is_untouched
-from effkernels.modules.plan import Planned, Run, prepare_block, prepare_chain
+from effkernels.modules.fused import ConvNorm, conv_norm_act
+from effkernels.modules.plan import Planned
 
 from .scaling import scale_channels, scale_depth
 
@@ -234,31 +228,16 @@ class EfficientNet(_Trunk):
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] -> logits [N, num_classes], or with num_classes=0 features [N, F]."""
-        output = self.planned(input)
-        if output is not None:
-            return output
+        output: Tensor = self.planned(self._classify, input)
+        return output
+
+    def _classify(self, input: Tensor) -> Tensor:
         features = self.forward_features(input)
         features = F.dropout(features, self.drop_rate, self.training)
         return self.classifier(features)
 
     def _head(self) -> ConvNorm:
         return ConvNorm(self.conv_head, self.bn2, self.act2)
-
-    def prepare(self, example: Tensor) -> Run | None:
-        """The network as a chain of native calls; see :class:`Planned`."""
-        if self.training and self.drop_rate > 0.0:
-            return None
-        containers = (self.blocks, *self.blocks)
-        if any(type(c) is not nn.Sequential or not is_untouched(c) for c in containers):
-            return None
-        makers: list[Callable[[Tensor], Run | None]] = [
-            partial(prepare_conv_norm_act, self._stem()),
-            *(partial(prepare_block, b) for stage in self.blocks for b in stage.children()),
-            partial(prepare_conv_norm_act, self._head(), return_mean=True),
-        ]
-        if type(self.classifier) is not nn.Identity or not is_untouched(self.classifier):
-            makers.append(partial(prepare_linear, self.classifier))
-        return prepare_chain(makers, example)
 
 
 class Feature(NamedTuple):
@@ -300,6 +279,10 @@ class EfficientNetFeatures(_Trunk):
 
     def forward(self, input: Tensor) -> list[Tensor]:
         """[N, C, H, W] -> maps [N, C_i, H / r_i, W / r_i] for r = 2, 4, 8, 16, 32."""
+        output: list[Tensor] = self.planned(self._maps, input)
+        return output
+
+    def _maps(self, input: Tensor) -> list[Tensor]:
         hidden = conv_norm_act(input, self._stem())
         wanted = [feature.stage for feature in self.feature_info]
         maps = []

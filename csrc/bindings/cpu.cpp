@@ -3,15 +3,13 @@
 // effkernels/native.py is the only caller: it has checked shapes, made every tensor dense (NHWC
 // for images), packed the weights and allocated the outputs.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
-#include <optional>
 #include <string>
 #include <vector>
 
 #include "batch_norm_act/batch_norm_act.h"
+#include "bindings/arguments.h"
+#include "bindings/program.h"
 #include "common/isa_select.h"
 #include "conv/conv.h"
 #include "depthwise_conv/depthwise_conv.h"
@@ -23,103 +21,6 @@
 
 namespace effkernels {
 namespace {
-
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-Parallel torch_threads() {
-  return {static_cast<int64_t>(torch::stable::get_num_threads()),
-          [](int64_t tasks, void (*body)(void*, int64_t, int64_t), void* context) {
-            torch::stable::parallel_for(
-                0, tasks, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
-          }};
-}
-
-DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case torch::headeronly::ScalarType::Float:
-      return DType::f32;
-    case torch::headeronly::ScalarType::BFloat16:
-      return DType::bf16;
-    default:
-      STD_TORCH_CHECK(false, "effkernels_cpu: float32 and bfloat16 are accepted");
-  }
-}
-
-// A caller that skips native.py must get an error, never a read outside a tensor.
-void check_size(const char* name, const Tensor& tensor, int64_t wanted) {
-  STD_TORCH_CHECK(tensor.numel() == wanted, "effkernels_cpu: ", name, " has ", tensor.numel(),
-                  " values, ", wanted, " are accepted");
-}
-
-const float* floats(const char* name, const Tensor& tensor, int64_t size) {
-  STD_TORCH_CHECK(tensor.scalar_type() == torch::headeronly::ScalarType::Float,
-                  "effkernels_cpu: ", name, " is not float32");
-  check_size(name, tensor, size);
-  return static_cast<const float*>(tensor.const_data_ptr());
-}
-
-const float* floats(const char* name, const OptionalTensor& tensor, int64_t size) {
-  return tensor ? floats(name, *tensor, size) : nullptr;
-}
-
-void* writable(const char* name, const Tensor& tensor, DType dtype, int64_t size) {
-  STD_TORCH_CHECK(dtype_of(tensor) == dtype, "effkernels_cpu: ", name,
-                  " has another dtype than input");
-  check_size(name, tensor, size);
-  return tensor.mutable_data_ptr();
-}
-
-const void* residual_of(const OptionalTensor& tensor, DType dtype, int64_t size) {
-  if (!tensor) return nullptr;
-  STD_TORCH_CHECK(dtype_of(*tensor) == dtype, "effkernels_cpu: residual has another dtype");
-  check_size("residual", *tensor, size);
-  return tensor->const_data_ptr();
-}
-
-int64_t panels_size(int64_t channels, int64_t depth) { return round_up(channels, kPanel) * depth; }
-
-Images images_of(const Tensor& tensor) {  // [N, C, H, W] by shape
-  return {tensor.size(0), tensor.size(2), tensor.size(3), tensor.size(1)};
-}
-
-Geometry geometry_of(const std::vector<int64_t>& g) {  // effkernels/native.py _geometry
-  STD_TORCH_CHECK(g.size() == 8, "effkernels_cpu: a geometry has 8 numbers");
-  for (size_t i = 0; i < g.size(); i++) {  // padding may be 0, the rest may not
-    STD_TORCH_CHECK(g[i] >= (i < 6 ? 1 : 0), "effkernels_cpu: bad geometry");
-  }
-  return {g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7]};
-}
-
-Activation activation_of(int64_t code) {
-  STD_TORCH_CHECK(code >= 0 && code < kActivations, "effkernels_cpu: unknown activation");
-  return static_cast<Activation>(code);
-}
-
-Epilogue epilogue_of(const OptionalTensor& scale, const OptionalTensor& bias, int64_t channels,
-                     int64_t activation) {
-  return {floats("scale", scale, channels), floats("bias", bias, channels), nullptr,
-          activation_of(activation)};
-}
-
-SqueezeExciteWeights gate_of(const Tensor& reduce_weight, const OptionalTensor& reduce_bias,
-                             const Tensor& expand_weight, const OptionalTensor& expand_bias,
-                             int64_t channels, int64_t activation, int64_t gate_activation) {
-  const int64_t reduced = reduce_weight.size(0), size = reduced * channels;
-  return {channels,
-          reduced,
-          floats("reduce_weight", reduce_weight, size),
-          floats("reduce_bias", reduce_bias, reduced),
-          floats("expand_weight", expand_weight, size),
-          floats("expand_bias", expand_bias, channels),
-          activation_of(activation),
-          activation_of(gate_activation)};
-}
-
-// Taps of a depthwise convolution: [kernel_h * kernel_w, channels rounded up].
-const float* taps_of(const Tensor& weight, const Geometry& g, int64_t channels) {
-  return floats("weight", weight, g.kernel_h * g.kernel_w * round_up(channels, kPanel));
-}
 
 void depthwise_conv(Tensor output, OptionalTensor mean, Tensor input, Tensor weight,
                     OptionalTensor scale, OptionalTensor bias, std::vector<int64_t> geometry,
@@ -312,6 +213,9 @@ void set_isa(std::string name) {
 }  // namespace effkernels
 
 STABLE_TORCH_LIBRARY(effkernels_cpu, m) {
+  m.def("program_create(int[] values, int[] steps, Tensor[] weights, bool bf16) -> int");
+  m.def("program_run(int handle, Tensor(a!)[] tensors) -> ()");
+  m.def("program_free(int handle) -> ()");
   m.def("isas() -> str");
   m.def("isa() -> str");
   m.def("set_isa(str name) -> ()");
@@ -363,6 +267,9 @@ STABLE_TORCH_LIBRARY_IMPL(effkernels_cpu, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(effkernels_cpu, CompositeExplicitAutograd, m) {
+  m.impl("program_create", TORCH_BOX(&effkernels::program_create));
+  m.impl("program_run", TORCH_BOX(&effkernels::program_run));
+  m.impl("program_free", TORCH_BOX(&effkernels::program_free));
   m.impl("isas", TORCH_BOX(&effkernels::isas));
   m.impl("isa", TORCH_BOX(&effkernels::isa));
   m.impl("set_isa", TORCH_BOX(&effkernels::set_isa));

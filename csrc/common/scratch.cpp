@@ -33,7 +33,7 @@ struct Buffer {
 }  // namespace
 
 float* scratch(ScratchUse use, size_t floats) {
-  thread_local Buffer buffers[3];
+  thread_local Buffer buffers[kScratchUses];
   return buffers[static_cast<int>(use)].reserve(floats);
 }
 

@@ -7,7 +7,6 @@ with a replaced ``forward`` is called as a module, so nothing that a user attach
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,10 +15,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..cache import cached
-from ..native import prepare_conv, prepare_pointwise_conv
 from ..ops._common import Padding, resolve_padding
-from ..ops.conv import conv_arguments
-from ..ops.pointwise_conv import pointwise_conv_arguments
 from .hooks import has_global_hooks, is_untouched
 
 _ACTIVATION_NAMES: dict[type[nn.Module], str] = {
@@ -207,50 +203,6 @@ def conv_norm_act(
         return output.mean((2, 3)) if return_mean else output
     output, mean = _convolve(kind, input, weight, stage, scale, bias, name, residual, return_mean)
     return mean if return_mean else output
-
-
-def prepare_conv_norm_act(
-    stage: ConvNorm, example: Tensor, return_mean: bool = False
-) -> Callable[[Tensor], Tensor] | None:
-    """:func:`conv_norm_act` on plain inference's inputs like ``example``, as one native call.
-
-    None if the stage is not a pointwise or dense convolution that runs fused.
-    """
-    kind = convolution_kind(stage.conv)
-    name = activation_name(stage.activation)
-    fusible = is_plain_norm(stage.norm) and not uses_batch_statistics(stage.norm)
-    if kind not in ("pointwise", "dense") or name is None or not fusible:
-        return None
-    weight = stage.conv.weight
-    scale, bias = fold(stage.conv, stage.norm)
-    if kind == "dense":
-        if return_mean:
-            return None
-        geometry = _geometry(stage)
-        return prepare_conv(*conv_arguments(example, weight, bias, *geometry, None, name, scale))
-    run = prepare_pointwise_conv(
-        *pointwise_conv_arguments(example, weight, bias, None, None, name, return_mean, scale)
-    )
-    return lambda input: run(input)[return_mean]  # output, mean
-
-
-def prepare_linear(module: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """A plain nn.Linear on vectors [N, C] like ``example`` as one native call, or None."""
-    if type(module) is not nn.Linear or not is_untouched(module):
-        return None
-    run = prepare_pointwise_conv(
-        *pointwise_conv_arguments(
-            example[:, :, None, None],
-            module.weight,
-            module.bias,
-            None,
-            None,
-            "none",
-            False,
-            None,
-        )
-    )
-    return lambda input: run(input[:, :, None, None])[0].flatten(1)
 
 
 def _geometry(stage: ConvNorm) -> tuple[tuple[int, int], Padding, tuple[int, int]]:

@@ -8,8 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..native import prepare_mbconv
-from ..ops.mbconv import mbconv_arguments
 from . import arguments
 from .conv_norm_act import same_or_own_padding
 from .fused import (
@@ -24,7 +22,7 @@ from .fused import (
     uses_batch_statistics,
 )
 from .hooks import has_global_hooks, is_untouched
-from .plan import Planned, Run
+from .plan import Planned
 from .squeeze_excite import NO_SQUEEZE_EXCITE, SqueezeExcite, fused_squeeze_excite
 
 __all__ = ["DepthwiseSeparableConv", "MBConv", "drop_path"]
@@ -140,9 +138,10 @@ class MBConv(Planned):
             TypeError, ValueError: from the ops, naming the argument.
             BackendUnavailable: if a backend was asked for that cannot run this call.
         """
-        output = self.planned(input)
-        if output is not None:
-            return output
+        output: Tensor = self.planned(self._block, input)
+        return output
+
+    def _block(self, input: Tensor) -> Tensor:
         expand, depthwise, project = self._stages()
         dropping = self.training and self.has_residual and self.drop_path > 0.0
         dtype = autocast_dtype(input)
@@ -157,13 +156,6 @@ class MBConv(Planned):
             return conv_norm_act(hidden, project, residual=input)
         output = conv_norm_act(hidden, project)
         return drop_path(output, self.drop_path) + input.to(output.dtype)  # autocast may differ
-
-    def prepare(self, example: Tensor) -> Run | None:
-        """The block as one native call; see :class:`Planned`."""
-        if self.training and self.has_residual and self.drop_path > 0.0:
-            return None
-        whole = self._whole_block(None)
-        return None if whole is None else prepare_mbconv(*mbconv_arguments(example, *whole))
 
     def _stages(self) -> tuple[ConvNorm | None, ConvNorm, ConvNorm]:
         """Expansion (if any), depthwise convolution and projection."""

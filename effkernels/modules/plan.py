@@ -1,16 +1,16 @@
-"""Native calls kept ready between calls.
+"""Forward passes kept ready between calls.
 
 Finding out what a block's children are, checking and packing their tensors costs ten times the
-call itself: more than a millisecond per EfficientNet-B0 image, against ten of arithmetic. A
-:class:`Plan` remembers the outcome, and before every later call makes sure that nothing which led
-to it has changed: children, parameters and their contents, modes, hooks. That takes about 5 µs, and
-40 µs when the kernels in between have swept Python's data out of the caches, so the check runs in
-C loops over few, dense tuples.
+call itself: more than a millisecond per EfficientNet-B0 image, against five of arithmetic. A
+:class:`Plan` keeps the recorded forward pass (:mod:`effkernels.program`), and before every later
+call makes sure that nothing which led to it has changed: children, parameters and their contents,
+modes, hooks. That takes about 5 µs for a block, and 40 µs when the kernels in between have swept
+Python's data out of the caches, so the check runs in C loops over few, dense tuples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from operator import is_
 from typing import Any
 
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from ..cache import generation
 from ..dispatch import requested
 from ..native import can_run
-from .hooks import has_global_hooks, is_untouched
+from ..program import Replay, record
+from .hooks import has_global_hooks
 
 # Attributes of modules that decide what they compute and that a user may set.
 _WATCHED = (
@@ -34,15 +35,17 @@ _WATCHED = (
     "drop_path",
     "drop_rate",
 )
+# Modules that do not look at their `training`.
+_ALWAYS_THE_SAME = (
+    *(nn.Conv2d, nn.Linear, nn.Sequential, nn.ModuleList, nn.Identity),
+    *(nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid),
+)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")  # without gradients the others never run
 
-_METHODS = ("forward", "prepare")
 _MOST_PLANS = 8  # per module; a network that sees many sizes should not collect them all
 
 _data_ptr = torch.Tensor.data_ptr
 _version = torch.Tensor._version.__get__  # type: ignore[attr-defined]
-
-Run = Callable[[Tensor], Tensor]
 
 
 class Plan:
@@ -50,7 +53,9 @@ class Plan:
 
     Args:
         owner: the module that ``run`` stands for, with everything in it.
-        run: gives the output of a call; None if ``owner`` has no such function.
+
+    Attributes:
+        run: gives the output of a call; None if ``owner`` has to run as it is.
     """
 
     __slots__ = (
@@ -58,6 +63,7 @@ class Plan:
         "_classes",
         "_counts",
         "_generation",
+        "_hook_counts",
         "_hooks",
         "_kept",
         "_names",
@@ -70,8 +76,8 @@ class Plan:
         "run",
     )
 
-    def __init__(self, owner: nn.Module, run: Run | None) -> None:
-        self.run = run
+    def __init__(self, owner: nn.Module) -> None:
+        self.run: Replay | None = None
         self._modules = modules = tuple(owner.modules())
         self._classes = tuple(map(type, modules))
         self._generation = generation()
@@ -83,7 +89,7 @@ class Plan:
             state = module.__dict__
             entries.append((state, "forward", state.get("forward")))
             entries += [(state, name, state[name]) for name in _WATCHED if name in state]
-            if isinstance(module, (nn.BatchNorm2d, Planned)):  # statistics, dropout
+            if type(module) not in _ALWAYS_THE_SAME:
                 entries.append((state, "training", module.training))
             entries += [(module._modules, *item) for item in module._modules.items()]
             for table in (module._parameters, module._buffers):
@@ -96,6 +102,7 @@ class Plan:
         self._tables, self._names, self._values = zip(*entries, strict=True)
         # The owner's own hooks run around its forward.
         self._hooks = tuple(m.__dict__[name] for m in modules if m is not owner for name in _HOOKS)
+        self._hook_counts = tuple(map(len, self._hooks))
         self._tensors = tuple(tensors)
         self._pointers = tuple(map(_data_ptr, tensors))
         self._versions = tuple(map(_version, tensors))
@@ -111,13 +118,16 @@ class Plan:
             and all(map(is_, map(dict.get, self._tables, self._names), self._values))
             and tuple(map(_version, self._tensors)) == self._versions
             and tuple(map(_data_ptr, self._tensors)) == self._pointers
-            and not any(self._hooks)
+            and tuple(map(len, self._hooks)) == self._hook_counts
             and tuple(map(type, self._modules)) == self._classes
-            and not has_global_hooks()
         )
 
+    def watched(self) -> bool:
+        """Somebody wants to see a module in ``owner`` being called."""
+        return any(self._hook_counts)
 
-def _plain_inference(input: Tensor) -> bool:
+
+def plain_inference(input: Tensor) -> bool:
     """Nobody watches, differentiates, traces or transforms this call."""
     return (
         not torch.is_grad_enabled()
@@ -145,55 +155,36 @@ class Planned(nn.Module):
         state.pop("_plans", None)
         return state
 
-    def prepare(self, example: Tensor) -> Run | None:
-        """The module's function for inputs like ``example``, as it is now.
+    def planned(self, body: Callable[[Tensor], Any], input: Tensor) -> Any:
+        """``body(input)``, by a plan where that is safe.
 
-        Called in plain inference only. None if it cannot be had without calling child modules.
+        Args:
+            body: a method of this module; reads nothing but ``input`` and the module.
         """
-        raise NotImplementedError
-
-    def planned(self, input: Tensor) -> Tensor | None:
-        """The output by a plan, made if there is none yet; None if the call needs another way."""
+        choice = requested()
         if (
             torch.compiler.is_compiling()
-            or not _plain_inference(input)
-            or requested() not in ("auto", "native")
+            or not plain_inference(input)
+            or choice not in ("auto", "native")
+            or has_global_hooks()
+            or can_run(input) is not None
         ):
-            return None
+            return body(input)
         plans: dict[Hashable, Plan] = self.__dict__.setdefault("_plans", {})
-        key = (input.shape[1:], input.dtype, input.device)
-        plan = plans.get(key)
-        if plan is None or not plan.valid(self):
-            if can_run(input) is not None or not _trackable(self):
-                return None
-            if len(plans) >= _MOST_PLANS:
-                plans.clear()
-            plan = plans[key] = Plan(self, None if has_global_hooks() else self.prepare(input))
-        return None if plan.run is None else plan.run(input)
-
-
-def prepare_block(block: nn.Module, example: Tensor) -> Run | None:
-    """``block.prepare``, if calling ``block`` would do that and nothing else."""
-    if not isinstance(block, Planned) or not is_untouched(block):
-        return None
-    # A subclass with a forward of its own has not said how to prepare it.
-    first = {name: next(c for c in type(block).__mro__ if name in vars(c)) for name in _METHODS}
-    return block.prepare(example) if first["forward"] is first["prepare"] else None
-
-
-def prepare_chain(makers: Sequence[Callable[[Tensor], Run | None]], example: Tensor) -> Run | None:
-    """One function after the other, each prepared for what the one before gives; None if one is."""
-    runs = []
-    for make in makers:
-        run = make(example)
-        if run is None:
-            return None
-        runs.append(run)
-        example = run(example)
-
-    def chain(input: Tensor) -> Tensor:
-        for run in runs:
-            input = run(input)
-        return input
-
-    return chain
+        key = (body.__func__, input.shape[1:], input.dtype, choice)  # type: ignore[attr-defined]
+        exact = (key, input.shape[0])
+        plan = plans.get(key) or plans.get(exact)
+        if plan is not None and plan.valid(self):
+            return body(input) if plan.run is None else plan.run(input)
+        # Made before the forward pass: a change during it is seen.
+        if not _trackable(self):
+            return body(input)
+        plan = Plan(self)
+        if plan.watched():
+            output = body(input)
+        else:
+            output, plan.run = record(body, input)
+        if len(plans) >= _MOST_PLANS:
+            plans.clear()
+        plans[key if plan.run is None or plan.run.any_batch else exact] = plan
+        return output
