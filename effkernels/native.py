@@ -22,6 +22,7 @@ from .layout import empty_nhwc, nhwc, output_size
 
 _PANEL = 16  # output channels side by side in packed weights; csrc/common/gemm.h kPanel
 _NO_GEOMETRY = [1, 1, 1, 1, 1, 1, 0, 0]
+_IMAGE_CHANNELS = 4  # at most; with more, values of a pixel next to each other read faster
 _RESIDUAL = 16  # place of `residual` among mbconv's arguments after its input
 DTYPES = (torch.float32, torch.bfloat16)
 # ruff: noqa: D103 -- a function here is the op of its name, documented in effkernels/ops
@@ -244,6 +245,11 @@ def pointwise_conv(
     return output, mean
 
 
+def is_planar(input: Tensor) -> bool:
+    """``input`` is best read where it is, in NCHW order: an image, rather than a hidden layer."""
+    return input.shape[1] <= _IMAGE_CHANNELS and input.is_contiguous()
+
+
 def pack_conv(input: Tensor, *arguments: Any) -> Packed:
     return _pack_convolution(_gemm_panels, input, *arguments)
 
@@ -261,13 +267,15 @@ def conv(
 ) -> Tensor:
     packed = pack_conv(input, weight, scale, bias, stride, padding, dilation, activation)
     output = empty_nhwc(input, *packed.size)
+    planar = is_planar(input)
     torch.ops.effkernels_cpu.conv(
         output,
-        nhwc(input),
+        input if planar else nhwc(input),
         *packed.weights,
         packed.geometry,
         None if residual is None else nhwc(residual),
         *packed.activations,
+        planar,
     )
     return output
 

@@ -93,6 +93,7 @@ class Step:
     geometry: list[int] = field(default_factory=lambda: [1, 1, 1, 1, 1, 1, 0, 0])
     residual: Value | None = None
     mean: Value | None = None
+    planar: bool = False  # the input is NCHW
 
     def reads(self) -> list[Value]:
         return [value.root() for value in (self.input, self.residual) if value is not None]
@@ -382,6 +383,14 @@ class Program:
                 if value not in written and value not in self.inputs:
                     self.inputs.append(value)
             written.update(step.writes())
+        # A value is planar for all steps or for none.
+        hidden = {value for step in steps if not step.planar for value in step.reads()}
+        for step in steps:
+            step.planar = step.planar and step.input not in hidden and step.input in self.inputs
+        self._planar = [
+            value not in hidden and any(step.planar and step.input is value for step in steps)
+            for value in self.inputs
+        ]
         self.outputs = [value for step in steps for value in step.writes() if value in wanted]
         external = [*self.inputs, *self.outputs]
         places = {value: -1 - index for index, value in enumerate(external)}
@@ -402,7 +411,7 @@ class Program:
         code: list[int] = []
         for step in steps:
             code += [step.kind, number(step.input), number(step.residual)]
-            code += [number(step.output), number(step.mean)]
+            code += [number(step.output), number(step.mean), int(step.planar)]
             code += step.geometry
             code += step.activations + [0] * (4 - len(step.activations))
             indices = [weight(tensor) for tensor in step.weights]
@@ -418,7 +427,10 @@ class Program:
         self._run = torch.ops.effkernels_cpu.program_run.default
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        tensors = [nhwc(tensor) if tensor.dim() == 4 else tensor.contiguous() for tensor in inputs]
+        tensors = [
+            tensor.contiguous() if planar or tensor.dim() != 4 else nhwc(tensor)
+            for tensor, planar in zip(inputs, self._planar, strict=True)
+        ]
         outputs = [
             torch.empty(
                 (tensors[0].shape[0], *value.shape[1:]),
@@ -487,6 +499,7 @@ def _lower_conv(args: tuple[Any, ...], input: Value, find: Any) -> Step | None:
         packed.activations,
         packed.geometry,
         residual=find(residual),
+        planar=native.is_planar(args[0]),
     )
 
 

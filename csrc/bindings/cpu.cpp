@@ -61,8 +61,9 @@ void pointwise_conv(Tensor output, OptionalTensor mean, Tensor input, Tensor wei
 }
 
 void conv(Tensor output, Tensor input, Tensor weight, OptionalTensor scale, OptionalTensor bias,
-          std::vector<int64_t> geometry, OptionalTensor residual, int64_t activation) {
+          std::vector<int64_t> geometry, OptionalTensor residual, int64_t activation, bool planar) {
   ConvArgs args{};
+  args.planar = planar;
   args.dtype = dtype_of(input);
   args.input = input.const_data_ptr();
   args.in = images_of(input);
@@ -227,7 +228,7 @@ STABLE_TORCH_LIBRARY(effkernels_cpu, m) {
       "Tensor? scale, Tensor? bias, Tensor? gate, Tensor? residual, int activation) -> ()");
   m.def(
       "conv(Tensor(a!) output, Tensor input, Tensor weight, Tensor? scale, Tensor? bias, "
-      "int[] geometry, Tensor? residual, int activation) -> ()");
+      "int[] geometry, Tensor? residual, int activation, bool planar) -> ()");
   m.def(
       "squeeze_excite(Tensor(a!) output, Tensor input, Tensor reduce_weight, Tensor? reduce_bias, "
       "Tensor expand_weight, Tensor? expand_bias, int activation, int gate_activation) -> ()");

@@ -17,9 +17,10 @@
 namespace effkernels {
 namespace {
 
-// A step: kind, input, residual, output and mean (values, -1: none), geometry, activations,
-// weights (indices, -1: none; in the order of the op's own arguments).
-constexpr size_t kGeometryAt = 5, kActivationsAt = 13, kWeightsAt = 17, kStepNumbers = 30;
+// A step: kind, input, residual, output and mean (values, -1: none), whether the input is NCHW,
+// geometry, activations, weights (indices, -1: none; in the order of the op's own arguments).
+constexpr size_t kPlanarAt = 5, kGeometryAt = 6, kActivationsAt = 14, kWeightsAt = 18;
+constexpr size_t kStepNumbers = 31;
 enum Kind : int64_t { kConv, kPointwiseConv, kDepthwiseConv, kMBConv, kSqueezeExcite, kSilu };
 
 struct Value {
@@ -164,6 +165,7 @@ class Program {
     switch (numbers[0]) {
       case kConv: {
         ConvArgs args{};
+        args.planar = numbers[kPlanarAt] != 0;
         args.geometry = geometry();
         const int64_t taps = args.geometry.kernel_h * args.geometry.kernel_w;
         args.out_height = out.height;

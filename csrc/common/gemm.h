@@ -43,11 +43,20 @@ constexpr int kTileChannels = 16;
 // oneDNN's.
 constexpr int64_t kChain = 256;
 
-// tile[r * kTileChannels + j] = sum over c of a[r * a_stride + c] * panels[...], for kRows rows
-// and kPanels * 16 channels.
-template <int kRows, int kPanels>
-inline void gemm_tile(const float* a, int64_t a_stride, const float* panels, int64_t depth,
-                      const float* next, float* tile) {
+// Where the values of a row of A lie, from its start: one after the other, or by a table.
+struct Dense {
+  EFFKERNELS_INLINE int64_t operator()(int64_t c) const { return c; }
+};
+struct Table {
+  const int32_t* offsets;
+  EFFKERNELS_INLINE int64_t operator()(int64_t c) const { return offsets[c]; }
+};
+
+// tile[r * kTileChannels + j] = sum over c of a[r * a_stride + column(c)] * panels[...], for kRows
+// rows and kPanels * 16 channels.
+template <int kRows, int kPanels, class Column>
+inline void gemm_tile(const float* a, int64_t a_stride, Column column, const float* panels,
+                      int64_t depth, const float* next, float* tile) {
   constexpr int kPerPanel = kPanel / Vec::size;
   constexpr int kVecs = kPanels * kPerPanel;
   for (int64_t begin = 0; begin == 0 || begin < depth; begin += kChain) {
@@ -59,6 +68,7 @@ inline void gemm_tile(const float* a, int64_t a_stride, const float* panels, int
       for (int v = 0; v < kVecs; v++) sums[r][v] = Vec::set1(0.0f);
     }
     for (int64_t c = begin; c < end; c++) {
+      const float* from = a + column(c);
       Vec w[kVecs];
 #pragma GCC unroll 16
       for (int v = 0; v < kVecs; v++) {
@@ -69,7 +79,7 @@ inline void gemm_tile(const float* a, int64_t a_stride, const float* panels, int
       for (int p = 0; p < kPanels; p++) prefetch(next + (p * depth + c) * kPanel);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; r++) {
-        const Vec x = Vec::set1(a[r * a_stride + c]);
+        const Vec x = Vec::set1(from[r * a_stride]);
 #pragma GCC unroll 16
         for (int v = 0; v < kVecs; v++) sums[r][v] = fma(x, w[v], sums[r][v]);
       }
@@ -85,14 +95,17 @@ inline void gemm_tile(const float* a, int64_t a_stride, const float* panels, int
   }
 }
 
-using GemmTile = void (*)(const float*, int64_t, const float*, int64_t, const float*, float*);
+template <class Column>
+using GemmTile = void (*)(const float*, int64_t, Column, const float*, int64_t, const float*,
+                          float*);
 
-template <int kPanels, int kRows>
-inline GemmTile tile_for(int64_t rows) {
+template <int kPanels, int kRows, class Column>
+inline GemmTile<Column> tile_for(int64_t rows) {
   if constexpr (kRows == 1) {
-    return gemm_tile<1, kPanels>;
+    return gemm_tile<1, kPanels, Column>;
   } else {
-    return rows == kRows ? gemm_tile<kRows, kPanels> : tile_for<kPanels, kRows - 1>(rows);
+    return rows == kRows ? gemm_tile<kRows, kPanels, Column>
+                         : tile_for<kPanels, kRows - 1, Column>(rows);
   }
 }
 
@@ -101,30 +114,31 @@ constexpr int kBatch = 4;
 
 // `rows` rows of A times up to kTileChannels output channels: finish(row, count, sums) is called
 // for a few tiles at a time with their raw sums, [count, kTileChannels].
-template <class Finish>
-inline void gemm_rows(const float* a, int64_t a_stride, int64_t rows, const float* panels,
-                      int64_t panel_count, int64_t depth, const float* next, Finish&& finish) {
+template <class Column, class Finish>
+inline void gemm_rows(const float* a, int64_t a_stride, Column column, int64_t rows,
+                      const float* panels, int64_t panel_count, int64_t depth, const float* next,
+                      Finish&& finish) {
   alignas(64) float sums[kBatch * kTileRows * kTileChannels];
   const int64_t tiles = ceil_div(rows, kTileRows);
   const int64_t size = tiles == 0 ? 0 : rows / tiles;
   const int64_t larger = rows - size * tiles;  // the first `larger` tiles have one row more
-  GemmTile functions[2];
+  GemmTile<Column> functions[2];
   if constexpr (kTileChannels == 2 * kPanel) {
     if (panel_count == 2) {
-      functions[0] = tile_for<2, kTileRows>(size);
-      functions[1] = tile_for<2, kTileRows>(size + (larger > 0));
+      functions[0] = tile_for<2, kTileRows, Column>(size);
+      functions[1] = tile_for<2, kTileRows, Column>(size + (larger > 0));
     }
   }
   if (panel_count == 1) {
-    functions[0] = tile_for<1, kTileRows>(size);
-    functions[1] = tile_for<1, kTileRows>(size + (larger > 0));
+    functions[0] = tile_for<1, kTileRows, Column>(size);
+    functions[1] = tile_for<1, kTileRows, Column>(size + (larger > 0));
   }
   int64_t row = 0;
   for (int64_t t = 0; t < tiles;) {
     int64_t count = 0;
     for (const int64_t end = min_of(tiles, t + kBatch); t < end; t++) {
       // The first tile waits for these panels, the last one makes the next ones come.
-      functions[t < larger](a + (row + count) * a_stride, a_stride, panels, depth,
+      functions[t < larger](a + (row + count) * a_stride, a_stride, column, panels, depth,
                             t + 1 == tiles ? next : panels, sums + count * kTileChannels);
       count += size + (t < larger);
     }
@@ -185,7 +199,7 @@ inline void gemm(const GemmShape& shape, const float* packed, const Epilogue& ep
         for (int64_t c = 0; sum != nullptr && c < count; c++) sum[k + c] = 0.0f;
         const int64_t here = min_of(panels - k / kPanel, kTileChannels / kPanel);
         const int64_t after = min_of(k / kPanel + here, panels - here);
-        gemm_rows(a, shape.depth, rows, packed + k * shape.depth, here, shape.depth,
+        gemm_rows(a, shape.depth, Dense{}, rows, packed + k * shape.depth, here, shape.depth,
                   packed + after * kPanel * shape.depth,
                   [&](int64_t row, int64_t rows_done, const float* tile) {
                     const int64_t at = start + row * shape.channels + k;

@@ -8,7 +8,8 @@ namespace effkernels {
 struct ConvArgs {
   DType dtype;        // of output, input and residual
   void* output;       // [count, out_height, out_width, out_channels]
-  const void* input;  // [count, height, width, channels]
+  const void* input;  // [count, height, width, channels], or if planar
+  bool planar;        // [count, channels, height, width]
   Images in;
   int64_t out_height, out_width, out_channels;
   const float* weight;  // panels over depth kernel_h * kernel_w * channels, see common/gemm.h
