@@ -2,9 +2,11 @@
 
 from functools import partial
 
-from .checkpoints import LoadResult, load_checkpoint
-from .efficientnet import DataConfig, EfficientNet, EfficientNetFeatures
+from .checkpoints import LoadResult, convert_state_dict, load_checkpoint
+from .common import DataConfig, Feature
+from .efficientnet import EfficientNet, EfficientNetFeatures
 from .registry import create_model, list_models
+from .resnet import ResNet, ResNetFeatures
 
 efficientnet_b0 = partial(create_model, "efficientnet_b0")
 efficientnet_b1 = partial(create_model, "efficientnet_b1")
@@ -19,15 +21,29 @@ efficientnet_lite1 = partial(create_model, "efficientnet_lite1")
 efficientnet_lite2 = partial(create_model, "efficientnet_lite2")
 efficientnet_lite3 = partial(create_model, "efficientnet_lite3")
 efficientnet_lite4 = partial(create_model, "efficientnet_lite4")
+efficientnet_v2_s = partial(create_model, "efficientnet_v2_s")
+efficientnet_v2_m = partial(create_model, "efficientnet_v2_m")
+efficientnet_v2_l = partial(create_model, "efficientnet_v2_l")
+resnet18 = partial(create_model, "resnet18")
+resnet34 = partial(create_model, "resnet34")
+resnet50 = partial(create_model, "resnet50")
+resnet101 = partial(create_model, "resnet101")
+resnet152 = partial(create_model, "resnet152")
 
 __all__ = [
     "DataConfig",
     "EfficientNet",
     "EfficientNetFeatures",
+    "Feature",
     "LoadResult",
+    "ResNet",
+    "ResNetFeatures",
+    "convert_state_dict",
     "create_model",
     "list_models",
     "load_checkpoint",
     *(f"efficientnet_b{index}" for index in range(8)),
     *(f"efficientnet_lite{index}" for index in range(5)),
+    *(f"efficientnet_v2_{size}" for size in "sml"),
+    *(f"resnet{layers}" for layers in (18, 34, 50, 101, 152)),
 ]

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from effkernels.modules import MBConv
+from effkernels.modules import FusedMBConv, SqueezeExcite
 
 from .efficientnet import EfficientNet, EfficientNetFeatures
+from .foreign_names import lukemelas_names, torchvision_names
+from .resnet import ResNet, ResNetFeatures
 
 OP = "load_checkpoint"
 WRAPPERS = ("state_dict", "model", "model_state_dict")  # keys that training scripts save under
 PREFIXES = ("module.", "_orig_mod.")  # DataParallel and torch.compile
 OPTIONAL = ".num_batches_tracked"  # counters that checkpoints from before torch 0.4.1 lack
 LISTED = 5  # keys named in an error before "and N more"
+LIBRARIES = ("timm", "torchvision", "efficientnet_pytorch", "efficientnet_lite_pytorch")
 
 
 class LoadResult(NamedTuple):
@@ -58,11 +60,11 @@ def load_checkpoint(
     targets = model.state_dict()
     if any(tensor.is_meta for tensor in targets.values()):
         raise ValueError(f"{OP}: model is on the meta device, give it memory first (to_empty)")
-    rename = _renaming(model, state)
+    names = _names(model, state)
     converted: dict[str, Tensor] = {}
     origins: dict[str, str] = {}
     for key, tensor in state.items():
-        name = rename(key)
+        name = _renamed(key, names)
         if name in converted:
             raise RuntimeError(f"{OP}: {source}: {origins[name]} and {key} both mean {name}")
         converted[name], origins[name] = tensor, key
@@ -84,6 +86,51 @@ def load_checkpoint(
         raise RuntimeError(f"{OP}: {source} does not fit the model; " + "; ".join(lines))
     model.load_state_dict({k: t for k, t in converted.items() if k in targets}, strict=False)
     return LoadResult(missing, unexpected)
+
+
+def convert_state_dict(model: nn.Module, to: str) -> dict[str, Tensor]:
+    """``model``'s state dict as another library's network of the same kind loads it, strictly.
+
+    Args:
+        model: one of ``list_models()``.
+        to: ``"timm"``, ``"torchvision"``, ``"efficientnet_pytorch"`` or
+            ``"efficientnet_lite_pytorch"``.
+
+    Returns:
+        The same tensors under ``to``'s keys.
+
+    Raises:
+        ValueError: if ``to`` is another library, or one that has no such network.
+    """
+    if to not in LIBRARIES:
+        raise ValueError(
+            f"convert_state_dict: to is {to!r}, one of {', '.join(LIBRARIES)} is accepted"
+        )
+    accepted = _libraries_with(model)
+    if to not in accepted:
+        raise ValueError(
+            f"convert_state_dict: {to} has no network like this {type(model).__name__}, "
+            f"{' or '.join(accepted) or 'none of the libraries'} has"
+        )
+    theirs: dict[str, str] = {}
+    if to != "timm":
+        names = torchvision_names(model) if to == "torchvision" else lukemelas_names(model)
+        theirs = {ours: name for name, ours in names.items()}
+    return {_renamed(key, theirs): tensor for key, tensor in model.state_dict().items()}
+
+
+def _libraries_with(model: nn.Module) -> list[str]:
+    """Libraries that have a network like ``model``."""
+    squeezes = any(isinstance(module, SqueezeExcite) for module in model.modules())
+    if isinstance(model, (ResNet, ResNetFeatures)):
+        return ["timm"] if squeezes else ["timm", "torchvision"]
+    if not isinstance(model, (EfficientNet, EfficientNetFeatures)):
+        return []
+    if any(isinstance(module, FusedMBConv) for module in model.modules()):  # V2
+        return ["timm", "torchvision"]
+    if squeezes:
+        return ["timm", "torchvision", "efficientnet_pytorch"]
+    return ["timm", "efficientnet_lite_pytorch"]
 
 
 def _listed(keys: list[str]) -> str:
@@ -138,121 +185,23 @@ def _absent_prefixes(model: nn.Module) -> tuple[str, ...]:
     """Parts of the full network that ``model`` was built without."""
     if isinstance(model, EfficientNetFeatures):
         return ("conv_head.", "bn2.", "classifier.")
-    if isinstance(model, EfficientNet) and not model.num_classes:
-        return ("classifier.",)
+    if isinstance(model, ResNetFeatures):
+        return ("fc.",)
+    if isinstance(model, (EfficientNet, ResNet)) and not model.num_classes:
+        return ("classifier.", "fc.")
     return ()
 
 
-def _renaming(model: nn.Module, state: Mapping[str, Tensor]) -> Callable[[str], str]:
-    """From a checkpoint's keys to ``model``'s; a key that means nothing stays as it is."""
-    if isinstance(model, (EfficientNet, EfficientNetFeatures)):
-        layout = _block_layout(model)
-        if any(key.startswith("_conv_stem.") for key in state):
-            return lambda key: _from_lukemelas(key, layout)
-        if any(key.startswith("features.0.0.") for key in state):
-            return lambda key: _from_torchvision(key, layout)
-    return lambda key: key
+def _names(model: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, str]:
+    """``model``'s module names by those of the library that ``state``'s keys are from."""
+    if any(key.startswith("_conv_stem.") for key in state):
+        return lukemelas_names(model)
+    if any(key.startswith("features.0.0.") for key in state):
+        return torchvision_names(model)
+    return {}
 
 
-class _Block(NamedTuple):
-    """A block's place and which of timm's two namings it has."""
-
-    stage: int
-    position: int
-    expands: bool
-
-
-def _block_layout(model: EfficientNet | EfficientNetFeatures) -> list[_Block]:
-    return [
-        _Block(stage, position, isinstance(block, MBConv) and block.has_expansion)
-        for stage, blocks in enumerate(model.blocks.children())
-        for position, block in enumerate(blocks.children())
-    ]
-
-
-def _joined(names: Mapping[str, str], part: str, leaf: str, fallback: str) -> str:
-    return f"{names[part]}.{leaf}" if part in names else fallback
-
-
-# efficientnet_pytorch and efficientnet_lite_pytorch: blocks are counted through.
-_LUKEMELAS_OUTSIDE = {
-    "_conv_stem": "conv_stem",
-    "_bn0": "bn1",
-    "_conv_head": "conv_head",
-    "_bn1": "bn2",
-    "_fc": "classifier",
-}
-_LUKEMELAS_EXPANDING = {
-    "_expand_conv": "conv_pw",
-    "_bn0": "bn1",
-    "_depthwise_conv": "conv_dw",
-    "_bn1": "bn2",
-    "_se_reduce": "se.conv_reduce",
-    "_se_expand": "se.conv_expand",
-    "_project_conv": "conv_pwl",
-    "_bn2": "bn3",
-}
-_LUKEMELAS_SEPARABLE = {
-    "_depthwise_conv": "conv_dw",
-    "_bn1": "bn1",
-    "_se_reduce": "se.conv_reduce",
-    "_se_expand": "se.conv_expand",
-    "_project_conv": "conv_pw",
-    "_bn2": "bn2",
-}
-
-
-def _from_lukemelas(key: str, layout: list[_Block]) -> str:
-    inside = re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", key)
-    if inside is None:
-        part, _, leaf = key.rpartition(".")
-        return _joined(_LUKEMELAS_OUTSIDE, part, leaf, key)
-    index = int(inside[1])
-    if index >= len(layout):
-        return key
-    block = layout[index]
-    names = _LUKEMELAS_EXPANDING if block.expands else _LUKEMELAS_SEPARABLE
-    name = _joined(names, inside[2], inside[3], "")
-    return f"blocks.{block.stage}.{block.position}.{name}" if name else key
-
-
-# torchvision: features.<0: stem, 1 to 7: stages, 8: head>, numbered children.
-_TORCHVISION_OUTSIDE = {
-    "features.0.0": "conv_stem",
-    "features.0.1": "bn1",
-    "features.8.0": "conv_head",
-    "features.8.1": "bn2",
-    "classifier.1": "classifier",
-}
-_TORCHVISION_EXPANDING = {
-    "0.0": "conv_pw",
-    "0.1": "bn1",
-    "1.0": "conv_dw",
-    "1.1": "bn2",
-    "2.fc1": "se.conv_reduce",
-    "2.fc2": "se.conv_expand",
-    "3.0": "conv_pwl",
-    "3.1": "bn3",
-}
-_TORCHVISION_SEPARABLE = {
-    "0.0": "conv_dw",
-    "0.1": "bn1",
-    "1.fc1": "se.conv_reduce",
-    "1.fc2": "se.conv_expand",
-    "2.0": "conv_pw",
-    "2.1": "bn2",
-}
-
-
-def _from_torchvision(key: str, layout: list[_Block]) -> str:
-    inside = re.fullmatch(r"features\.(\d+)\.(\d+)\.block\.(\w+\.\w+)\.(\w+)", key)
-    if inside is None:
-        part, _, leaf = key.rpartition(".")
-        return _joined(_TORCHVISION_OUTSIDE, part, leaf, key)
-    place = (int(inside[1]) - 1, int(inside[2]))
-    for block in layout:
-        if (block.stage, block.position) == place:
-            names = _TORCHVISION_EXPANDING if block.expands else _TORCHVISION_SEPARABLE
-            name = _joined(names, inside[3], inside[4], "")
-            return f"blocks.{block.stage}.{block.position}.{name}" if name else key
-    return key
+def _renamed(key: str, names: Mapping[str, str]) -> str:
+    """``key`` with its module's other name; one that has none stays as it is."""
+    module, _, leaf = key.rpartition(".")
+    return f"{names[module]}.{leaf}" if module in names else key

@@ -1,37 +1,41 @@
 """EfficientNet B0–B7 (Tan & Le, 2019) and EfficientNet-Lite0–4 (Google, 2020).
 
-One table of stages, one scaling rule; a variant is a row. BatchNorm's eps and momentum, dropout
-and stochastic depth are those of the authors' released code (tensorflow/tpu, models/official/
-efficientnet, and its ``lite`` folder). State-dict keys are timm's.
+One table of stages, one scaling rule; a variant is a row. EfficientNetV2's rows are in
+``efficientnet_v2.py``. BatchNorm's eps and momentum, dropout and stochastic depth are those of
+the authors' released code (tensorflow/tpu, models/official/efficientnet, and its ``lite`` folder).
+State-dict keys are timm's.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effkernels.modules import MBConv, arguments
+from effkernels.modules import FusedMBConv, MBConv, arguments
 from effkernels.modules.conv_norm_act import same_or_own_padding
 from effkernels.modules.fused import ConvNorm, conv_norm_act
 from effkernels.modules.plan import Planned
 
+from .common import DataConfig, Feature, class_count, last_of_each_resolution
 from .scaling import scale_channels, scale_depth
 
 
 class Stage(NamedTuple):
-    """Blocks of one resolution, before scaling."""
+    """Blocks of one resolution; the first has the stride."""
 
     blocks: int
     out_channels: int
     kernel_size: int
     stride: int
     expand_ratio: int
+    se_ratio: float = 0.25
+    fused: bool = False  # FusedMBConv instead of MBConv
 
 
 STAGES = (
@@ -43,79 +47,73 @@ STAGES = (
     Stage(4, 192, 5, 2, 6),
     Stage(1, 320, 3, 1, 6),
 )
+NAME = "EfficientNet"  # in errors
 STEM_CHANNELS = 32
 HEAD_CHANNELS = 1280
-SE_RATIO = 0.25
 BN_EPS = 1e-3
-BN_MOMENTUM = 0.01  # PyTorch's sense: the released code keeps 0.99 of the old statistics
 DROP_PATH_RATE = 0.2  # of the last block; grows linearly from 0
 CROP_MARGIN = 32  # the released code's CROP_PADDING: resize to resolution + 32, then crop
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """What a network expects of a photograph.
-
-    The shorter side is resized to ``resize``, the centre ``resolution``² is cropped, values in
-    [0, 1] become (x − mean) / std.
-    """
-
-    resolution: int
-    resize: int
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
-    interpolation: str = "bicubic"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of the family: scaling factors, input resolution, dropout of the classifier."""
+    """A network of the family, and what its released code trains it with."""
 
-    width: float
-    depth: float
-    resolution: int
-    drop_rate: float
-    lite: bool = False
+    stages: tuple[Stage, ...]
+    stem_channels: int
+    head_channels: int
+    drop_rate: float  # of the classifier
+    data_config: DataConfig
+    bn_momentum: float = 0.01  # PyTorch's sense: 0.99 of the old statistics are kept
+    act_layer: type[nn.Module] = nn.SiLU
+    padding: str = "symmetric"
 
-    @property
-    def data_config(self) -> DataConfig:
-        resize = self.resolution + CROP_MARGIN
-        if not self.lite:
-            return DataConfig(self.resolution, resize)
-        return DataConfig(self.resolution, resize, (127 / 255,) * 3, (128 / 255,) * 3)
+
+def scaled(width: float, depth: float, resolution: int, drop_rate: float) -> Variant:
+    """The base network with ``width`` times its channels and ``depth`` times its blocks."""
+    stages = tuple(
+        stage._replace(
+            blocks=scale_depth(stage.blocks, depth),
+            out_channels=scale_channels(stage.out_channels, width),
+        )
+        for stage in STAGES
+    )
+    stem, head = (scale_channels(channels, width) for channels in (STEM_CHANNELS, HEAD_CHANNELS))
+    return Variant(stages, stem, head, drop_rate, DataConfig(resolution, resolution + CROP_MARGIN))
+
+
+def lite(width: float, depth: float, resolution: int, drop_rate: float) -> Variant:
+    """The same for phones: no SE, ReLU6; stem, head and the outer stages keep their size."""
+    variant = scaled(width, depth, resolution, drop_rate)
+    stages = [stage._replace(se_ratio=0.0) for stage in variant.stages]
+    for outer in (0, -1):
+        stages[outer] = stages[outer]._replace(blocks=STAGES[outer].blocks)
+    return replace(
+        variant,
+        stages=tuple(stages),
+        stem_channels=STEM_CHANNELS,
+        head_channels=HEAD_CHANNELS,
+        data_config=replace(variant.data_config, mean=(127 / 255,) * 3, std=(128 / 255,) * 3),
+        act_layer=nn.ReLU6,
+        padding="same",
+    )
 
 
 VARIANTS = {
-    "efficientnet_b0": Variant(1.0, 1.0, 224, 0.2),
-    "efficientnet_b1": Variant(1.0, 1.1, 240, 0.2),
-    "efficientnet_b2": Variant(1.1, 1.2, 260, 0.3),
-    "efficientnet_b3": Variant(1.2, 1.4, 300, 0.3),
-    "efficientnet_b4": Variant(1.4, 1.8, 380, 0.4),
-    "efficientnet_b5": Variant(1.6, 2.2, 456, 0.4),
-    "efficientnet_b6": Variant(1.8, 2.6, 528, 0.5),
-    "efficientnet_b7": Variant(2.0, 3.1, 600, 0.5),
-    "efficientnet_lite0": Variant(1.0, 1.0, 224, 0.2, lite=True),
-    "efficientnet_lite1": Variant(1.0, 1.1, 240, 0.2, lite=True),
-    "efficientnet_lite2": Variant(1.1, 1.2, 260, 0.3, lite=True),
-    "efficientnet_lite3": Variant(1.2, 1.4, 280, 0.3, lite=True),
-    "efficientnet_lite4": Variant(1.4, 1.8, 300, 0.3, lite=True),
+    "efficientnet_b0": scaled(1.0, 1.0, 224, 0.2),
+    "efficientnet_b1": scaled(1.0, 1.1, 240, 0.2),
+    "efficientnet_b2": scaled(1.1, 1.2, 260, 0.3),
+    "efficientnet_b3": scaled(1.2, 1.4, 300, 0.3),
+    "efficientnet_b4": scaled(1.4, 1.8, 380, 0.4),
+    "efficientnet_b5": scaled(1.6, 2.2, 456, 0.4),
+    "efficientnet_b6": scaled(1.8, 2.6, 528, 0.5),
+    "efficientnet_b7": scaled(2.0, 3.1, 600, 0.5),
+    "efficientnet_lite0": lite(1.0, 1.0, 224, 0.2),
+    "efficientnet_lite1": lite(1.0, 1.1, 240, 0.2),
+    "efficientnet_lite2": lite(1.1, 1.2, 260, 0.3),
+    "efficientnet_lite3": lite(1.2, 1.4, 280, 0.3),
+    "efficientnet_lite4": lite(1.4, 1.8, 300, 0.3),
 }
-
-
-def scaled_stages(variant: Variant) -> list[Stage]:
-    """The stage table scaled for ``variant``; Lite keeps the depth of the first and the last."""
-    scaled = []
-    for index, stage in enumerate(STAGES):
-        fixed = variant.lite and index in (0, len(STAGES) - 1)
-        scaled.append(
-            stage._replace(
-                blocks=stage.blocks if fixed else scale_depth(stage.blocks, variant.depth),
-                out_channels=scale_channels(stage.out_channels, variant.width),
-            )
-        )
-    return scaled
 
 
 class _Trunk(Planned):
@@ -125,43 +123,47 @@ class _Trunk(Planned):
         self,
         variant: Variant,
         in_channels: int,
-        drop_path_rate: float,
-        padding: str,
+        drop_path_rate: float | None,
+        padding: str | None,
         norm_layer: Callable[[int], nn.Module],
     ) -> None:
         super().__init__()
+        arguments.positive(NAME, "in_channels", in_channels)
+        if drop_path_rate is None:
+            drop_path_rate = DROP_PATH_RATE
+        arguments.probability(NAME, "drop_path_rate", drop_path_rate)
+        padding = arguments.padding_mode(NAME, variant.padding if padding is None else padding)
         self.data_config = variant.data_config
-        self.act_layer: type[nn.Module] = nn.ReLU6 if variant.lite else nn.SiLU
-        stem = STEM_CHANNELS if variant.lite else scale_channels(STEM_CHANNELS, variant.width)
         self._same, own_padding = same_or_own_padding(3, 2, padding)
-        self.conv_stem = nn.Conv2d(in_channels, stem, 3, 2, own_padding, bias=False)
-        self.bn1 = norm_layer(stem)
-        self.act1 = self.act_layer()
+        self.conv_stem = nn.Conv2d(
+            in_channels, variant.stem_channels, 3, 2, own_padding, bias=False
+        )
+        self.bn1 = norm_layer(variant.stem_channels)
+        self.act1 = variant.act_layer()
 
-        stages = scaled_stages(variant)
-        total = sum(stage.blocks for stage in stages)
-        channels, index = stem, 0
+        total = sum(stage.blocks for stage in variant.stages)
+        channels, index = variant.stem_channels, 0
         self.blocks = nn.Sequential()
-        for stage in stages:
-            blocks = []
+        for stage in variant.stages:
+            block = FusedMBConv if stage.fused else MBConv
+            blocks: list[nn.Module] = []
             for position in range(stage.blocks):
                 blocks.append(
-                    MBConv(
+                    block(
                         channels,
                         stage.out_channels,
                         stage.kernel_size,
                         stage.stride if position == 0 else 1,
                         stage.expand_ratio,
-                        0.0 if variant.lite else SE_RATIO,
+                        stage.se_ratio,
                         padding,
-                        self.act_layer,
+                        variant.act_layer,
                         norm_layer,
                         drop_path_rate * index / total,
                     )
                 )
                 channels, index = stage.out_channels, index + 1
             self.blocks.append(nn.Sequential(*blocks))
-        self.stages = tuple(stages)
 
     def _stem(self) -> ConvNorm:
         return ConvNorm(self.conv_stem, self.bn1, self.act1, self._same)
@@ -181,8 +183,9 @@ class EfficientNet(_Trunk):
         drop_rate: dropout before the classifier; None for the variant's.
         drop_path_rate: stochastic depth of the last block, growing linearly over the blocks.
         padding: ``"symmetric"`` or ``"same"``; None for ``"same"`` in Lite, else symmetric.
-        bn_eps, bn_momentum: of every BatchNorm. A checkpoint trained elsewhere may need
-            others: torchvision's and timm's own B0 to B4 use 1e-5.
+        bn_eps: of every BatchNorm. A checkpoint trained elsewhere may need another:
+            torchvision's B0 to B4 and timm's own B0 to B4 and V2 use 1e-5.
+        bn_momentum: of every BatchNorm; None for the variant's.
 
     Raises:
         ValueError: naming the argument, what came and what is accepted.
@@ -197,25 +200,19 @@ class EfficientNet(_Trunk):
         drop_path_rate: float | None = None,
         padding: str | None = None,
         bn_eps: float = BN_EPS,
-        bn_momentum: float | None = BN_MOMENTUM,
+        bn_momentum: float | None = None,
     ) -> None:
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 0:
-            raise ValueError(
-                f"EfficientNet: num_classes is {num_classes!r}, a non-negative integer is accepted"
-            )
-        norm_layer = partial(nn.BatchNorm2d, eps=bn_eps, momentum=bn_momentum)
-        super().__init__(
-            variant, **_trunk_arguments(variant, in_channels, drop_path_rate, padding, norm_layer)
-        )
+        norm_layer = _norm_layer(variant, bn_eps, bn_momentum)
+        super().__init__(variant, in_channels, drop_path_rate, padding, norm_layer)
+        self.num_classes = class_count(NAME, num_classes)
         self.drop_rate = arguments.probability(
-            "EfficientNet", "drop_rate", variant.drop_rate if drop_rate is None else drop_rate
+            NAME, "drop_rate", variant.drop_rate if drop_rate is None else drop_rate
         )
-        self.num_classes = num_classes
-        width = 1.0 if variant.lite else variant.width
-        self.num_features = scale_channels(HEAD_CHANNELS, width)
-        self.conv_head = nn.Conv2d(self.stages[-1].out_channels, self.num_features, 1, bias=False)
+        self.num_features = variant.head_channels
+        last_channels = variant.stages[-1].out_channels
+        self.conv_head = nn.Conv2d(last_channels, self.num_features, 1, bias=False)
         self.bn2 = norm_layer(self.num_features)
-        self.act2 = self.act_layer()
+        self.act2 = variant.act_layer()
         self.classifier: nn.Module = nn.Identity()
         if num_classes:
             self.classifier = nn.Linear(self.num_features, num_classes)
@@ -240,14 +237,6 @@ class EfficientNet(_Trunk):
         return ConvNorm(self.conv_head, self.bn2, self.act2)
 
 
-class Feature(NamedTuple):
-    """One map of a feature extractor."""
-
-    stage: int  # index into ``blocks``
-    channels: int
-    reduction: int  # input pixels per pixel, in each direction
-
-
 class EfficientNetFeatures(_Trunk):
     """An EfficientNet without its head that returns a map per resolution.
 
@@ -262,19 +251,16 @@ class EfficientNetFeatures(_Trunk):
         drop_path_rate: float | None = None,
         padding: str | None = None,
         bn_eps: float = BN_EPS,
-        bn_momentum: float | None = BN_MOMENTUM,
+        bn_momentum: float | None = None,
     ) -> None:
-        norm_layer = partial(nn.BatchNorm2d, eps=bn_eps, momentum=bn_momentum)
-        super().__init__(
-            variant, **_trunk_arguments(variant, in_channels, drop_path_rate, padding, norm_layer)
-        )
+        norm_layer = _norm_layer(variant, bn_eps, bn_momentum)
+        super().__init__(variant, in_channels, drop_path_rate, padding, norm_layer)
         reduction = 2
-        self.feature_info: list[Feature] = []
-        for index, stage in enumerate(self.stages):
+        stages = []
+        for index, stage in enumerate(variant.stages):
             reduction *= stage.stride
-            following = self.stages[index + 1 : index + 2]
-            if not following or following[0].stride > 1:
-                self.feature_info.append(Feature(index, stage.out_channels, reduction))
+            stages.append(Feature(index, stage.out_channels, reduction))
+        self.feature_info = last_of_each_resolution(stages)
         initialize(self)
 
     def forward(self, input: Tensor) -> list[Tensor]:
@@ -293,25 +279,9 @@ class EfficientNetFeatures(_Trunk):
         return maps
 
 
-def _trunk_arguments(
-    variant: Variant,
-    in_channels: int,
-    drop_path_rate: float | None,
-    padding: str | None,
-    norm_layer: Callable[[int], nn.Module],
-) -> dict[str, Any]:
-    """Checked arguments of :class:`_Trunk`, defaults filled in."""
-    name = "EfficientNet"
-    if padding is None:
-        padding = "same" if variant.lite else "symmetric"
-    return {
-        "in_channels": arguments.positive(name, "in_channels", in_channels),
-        "drop_path_rate": arguments.probability(
-            name, "drop_path_rate", DROP_PATH_RATE if drop_path_rate is None else drop_path_rate
-        ),
-        "padding": arguments.padding_mode(name, padding),
-        "norm_layer": norm_layer,
-    }
+def _norm_layer(variant: Variant, eps: float, momentum: float | None) -> Callable[[int], nn.Module]:
+    momentum = variant.bn_momentum if momentum is None else momentum
+    return partial(nn.BatchNorm2d, eps=eps, momentum=momentum)
 
 
 def initialize(model: nn.Module) -> None:
