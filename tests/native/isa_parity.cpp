@@ -89,6 +89,19 @@ void pointwise_conv_cases(DType dtype) {
   }
 }
 
+// NHWC images in NCHW order.
+Values planes(const Values& images, const Images& in) {
+  Values result;
+  for (int64_t n = 0; n < in.count; n++) {
+    for (int64_t c = 0; c < in.channels; c++) {
+      for (int64_t p = 0; p < in.pixels(); p++) {
+        result.push_back(images[(n * in.pixels() + p) * in.channels + c]);
+      }
+    }
+  }
+  return result;
+}
+
 void conv_cases(DType dtype) {
   for (const Window& w : kWindows) {
     for (int64_t channels : kChannels) {
@@ -100,10 +113,12 @@ void conv_cases(DType dtype) {
       DrawnEpilogue epilogue(out_channels, dtype, coin() ? size : 0);
       Values want = convolve(x, in, w, weight.values, out_channels, channels);
       epilogue.apply(want);
-      Tensor input(dtype, x), output(dtype, size);
+      const bool planar = coin();
+      Tensor input(dtype, planar ? planes(x, in) : x), output(dtype, size);
       const ConvArgs args{dtype,
                           output.data(),
                           input.data(),
+                          planar,
                           in,
                           w.out_height(),
                           w.out_width(),

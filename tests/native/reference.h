@@ -111,7 +111,9 @@ inline constexpr Window kWindows[] = {
     {7, 5, 1, 1, 1, 0, 0, 0, 0},  {6, 8, 1, 2, 1, 0, 0, 0, 0},  // the last column is not read
     {1, 1, 5, 1, 1, 2, 2, 2, 2},                                // padding on all sides
     {3, 61, 3, 1, 1, 0, 3, 3, 0},                               // windows of nothing but padding
-    {11, 9, 3, 1, 2, 2, 2, 2, 2},
+    {11, 9, 3, 1, 2, 2, 2, 2, 2}, {7, 30, 3, 1, 1, 1, 1, 1, 1},
+    {9, 33, 5, 2, 1, 1, 2, 2, 1},  // rows of several register tiles
+    {6, 31, 1, 2, 1, 0, 0, 0, 0},
 };
 
 // ---- The ops in double. Images are [n, y, x, c], as in memory.
