@@ -76,7 +76,8 @@ def test_size_is_torchvisions(index: int) -> None:
 
 def test_hyperparameters_of_the_released_code() -> None:
     rows = {
-        name: (v.resolution, v.drop_rate) for name, v in ek.models.efficientnet.VARIANTS.items()
+        name: (variant.data_config.resolution, variant.drop_rate)
+        for name, variant in ek.models.efficientnet.VARIANTS.items()
     }
     assert [rows[f"efficientnet_b{i}"] for i in range(8)] == [
         (224, 0.2), (240, 0.2), (260, 0.3), (300, 0.3),
@@ -250,25 +251,6 @@ def test_exports_and_copies() -> None:
         torch.testing.assert_close(exported(image), due)
         assert torch.equal(copy.deepcopy(network)(image), due)
         assert torch.equal(pickle.loads(pickle.dumps(network))(image), due)
-
-
-def test_list_models() -> None:
-    assert ek.models.list_models() == list(PARAMETERS)
-    assert ek.models.list_models("*lite?") == [f"efficientnet_lite{i}" for i in range(5)]
-    assert ek.models.list_models("resnext*") == []
-    for name in PARAMETERS:
-        assert callable(getattr(ek.models, name)), name
-
-
-def test_unknown_model_names_the_nearest() -> None:
-    with pytest.raises(ValueError, match="'efficientnet_b9'; nearest are efficientnet_b"):
-        ek.models.create_model("efficientnet_b9")
-    with pytest.raises(ValueError, match="efficientnet_lite0"):
-        ek.models.create_model("efficientnet-lite0")
-    with pytest.raises(ValueError, match="no model is called 'zzz'; accepted"):
-        ek.models.create_model("zzz")
-    with pytest.raises(ValueError, match="no model is called None"):
-        ek.models.create_model(None)
 
 
 @pytest.mark.parametrize(
