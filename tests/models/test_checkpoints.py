@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from effkernels.models import LoadResult, load_checkpoint
+from effkernels.models import LoadResult, convert_state_dict, load_checkpoint
 from torch import Tensor, nn
 
 import effkernels as ek
@@ -71,6 +71,72 @@ def test_efficientnet_lite_pytorch() -> None:
     ours = ek.models.efficientnet_lite0()
     load_checkpoint(ours, theirs.state_dict())
     assert_networks_agree(ours, theirs, image, gradients=False)
+
+
+def test_timm_resnet_with_squeeze_excite() -> None:
+    theirs = timm.create_model("seresnet18", num_classes=4)
+    assert_loaded_like(ek.models.resnet18(num_classes=4, se_ratio=1 / 16), theirs, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "to", "theirs"),
+    [
+        ("efficientnet_b0", "timm", lambda: timm.create_model("efficientnet_b0")),
+        ("efficientnet_b1", "torchvision", torchvision.models.efficientnet_b1),
+        ("efficientnet_v2_s", "torchvision", torchvision.models.efficientnet_v2_s),
+        ("resnet50", "torchvision", torchvision.models.resnet50),
+        (
+            "efficientnet_b3",
+            "efficientnet_pytorch",
+            lambda: efficientnet_pytorch.EfficientNet.from_name("efficientnet-b3"),
+        ),
+        (
+            "efficientnet_lite1",
+            "efficientnet_lite_pytorch",
+            lambda: efficientnet_lite_pytorch.EfficientNet.from_name("efficientnet-lite1"),
+        ),
+    ],
+)
+def test_there_and_back(name: str, to: str, theirs: Any) -> None:
+    with torch.device("meta"):
+        ours, foreign = ek.models.create_model(name), theirs()
+    ours.to_empty(device="cpu")
+    with torch.no_grad():
+        for index, value in enumerate(ours.state_dict().values()):
+            value.fill_(index)  # to recognise it by
+    due = values(ours)
+    foreign.load_state_dict(convert_state_dict(ours, to), assign=True)
+    returning = {key: value.clone() for key, value in foreign.state_dict().items()}
+    with torch.no_grad():
+        for value in ours.state_dict().values():
+            value.fill_(-1)
+    assert load_checkpoint(ours, returning) == LoadResult([], [])
+    assert_unchanged(ours, due)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "to", "message"),
+    [
+        ("efficientnet_b0", {}, "keras", "to is 'keras', one of timm, torchvision, "),
+        ("efficientnet_b0", {}, "efficientnet_lite_pytorch", "timm or torchvision or efficientnet"),
+        ("efficientnet_lite0", {}, "torchvision", "timm or efficientnet_lite_pytorch has"),
+        ("efficientnet_v2_s", {}, "efficientnet_pytorch", "timm or torchvision has"),
+        (
+            "resnet18",
+            {},
+            "efficientnet_pytorch",
+            "no network like this ResNet, timm or torchvision",
+        ),
+        ("resnet18", {"se_ratio": 1 / 16}, "torchvision", "this ResNet, timm has"),
+    ],
+)
+def test_libraries_without_such_a_network(
+    name: str, options: dict[str, Any], to: str, message: str
+) -> None:
+    with torch.device("meta"):
+        network = ek.models.create_model(name, **options)
+    with pytest.raises(ValueError, match=message):
+        convert_state_dict(network, to)
 
 
 @pytest.mark.parametrize("wrapper", [None, "state_dict", "model", "model_state_dict"])
@@ -148,16 +214,48 @@ def test_strict(network: nn.Module, apply: Any, messages: list[str], tmp_path: P
     assert_unchanged(network, before)
 
 
-def test_another_variant_names_keys_and_shapes() -> None:
-    theirs = efficientnet_pytorch.EfficientNet.from_name("efficientnet-b2")
-    network = ek.models.efficientnet_b1()
+@pytest.mark.parametrize(
+    ("name", "theirs", "messages"),
+    [
+        (
+            "efficientnet_b1",
+            lambda: efficientnet_pytorch.EfficientNet.from_name("efficientnet-b3"),
+            [
+                "_conv_stem.weight has shape (40, 3, 3, 3), the model's conv_stem.weight has "
+                "(32, 3, 3, 3)",
+                "left over: _blocks.23._expand_conv.weight",
+            ],
+        ),
+        (
+            "efficientnet_v2_s",
+            torchvision.models.efficientnet_v2_l,
+            [
+                "features.0.0.weight has shape (32, 3, 3, 3), the model's conv_stem.weight has "
+                "(24, 3, 3, 3)",
+                "left over: features.1.2.block.0.0.weight",
+            ],
+        ),
+        (
+            "resnet18",
+            torchvision.models.resnet50,
+            [
+                "misshapen: layer1.0.conv1.weight has shape (64, 64, 1, 1), the model's "
+                "layer1.0.conv1.weight has (64, 64, 3, 3)",
+                "left over: layer1.0.conv3.weight",
+            ],
+        ),
+        ("resnet34", torchvision.models.resnet18, ["missing: layer1.2.conv1.weight"]),
+    ],
+)
+def test_another_variant_names_keys_and_shapes(name: str, theirs: Any, messages: list[str]) -> None:
+    network = ek.models.create_model(name)
     before = values(network)
+    with torch.device("meta"):
+        state = theirs().state_dict()
     with pytest.raises(RuntimeError) as raised:
-        load_checkpoint(network, theirs.state_dict())
-    message = str(raised.value)
-    assert "_bn1.weight has shape (1408,), the model's bn2.weight has (1280,)" in message or (
-        "has shape" in message and "the model's blocks." in message
-    )
+        load_checkpoint(network, state)
+    for message in messages:
+        assert message in str(raised.value)
     assert_unchanged(network, before)
 
 

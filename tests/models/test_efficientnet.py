@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import effkernels as ek
 from effkernels.testing import assert_close_to
+from tests.models.feature_maps import assert_feature_maps_agree
 from tests.networks import assert_networks_agree, batch_norms, settle
 
 PARAMETERS = {
@@ -199,22 +200,8 @@ def test_threads_do_not_change_a_bit(threads: int, backend: str) -> None:
 
 
 def test_feature_maps_like_timm(backend: str) -> None:
-    theirs = timm.create_model("tf_efficientnet_b0", features_only=True)
-    ours = ek.models.create_model("efficientnet_b0", features_only=True, padding="same")
-    assert list(ours.state_dict()) == list(theirs.state_dict())
-    image = torch.randn(2, 3, 65, 97)
-    settle(theirs, image)
-    ours.load_state_dict(theirs.state_dict())
-    ours.eval()
-    theirs.eval()
-    with torch.no_grad():
-        exact = copy.deepcopy(theirs).double()(image.double())
-        maps, foreign = ours(image), theirs(image)
-    assert len(maps) == len(exact) == 5
-    for index, (got, due, stock) in enumerate(zip(maps, exact, foreign, strict=True)):
-        assert_close_to(due, got, stock, name=f"map {index}")
-    assert [f.reduction for f in ours.feature_info] == theirs.feature_info.reduction()
-    assert [f.channels for f in ours.feature_info] == theirs.feature_info.channels()
+    ours = ek.models.efficientnet_b0(features_only=True, padding="same")
+    assert_feature_maps_agree(ours, timm.create_model("tf_efficientnet_b0", features_only=True))
 
 
 @pytest.mark.parametrize("name", ["efficientnet_b3", "efficientnet_lite2"])

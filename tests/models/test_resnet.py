@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import effkernels as ek
 from effkernels.testing import assert_close_to
+from tests.models.feature_maps import assert_feature_maps_agree
 from tests.networks import assert_networks_agree, settle
 
 PARAMETERS = {
@@ -158,21 +159,8 @@ def test_dropout_is_in_training_only() -> None:
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_feature_maps_like_timm(name: str, backend: str) -> None:
-    theirs = timm.create_model(name, features_only=True)
     ours = ek.models.create_model(name, features_only=True, num_classes=3)
-    assert list(ours.state_dict()) == list(theirs.state_dict())
-    image = torch.randn(2, 3, 65, 97)
-    settle(theirs, image)
-    ours.load_state_dict(theirs.state_dict())
-    ours.eval()
-    theirs.eval()
-    with torch.no_grad():
-        exact = copy.deepcopy(theirs).double()(image.double())
-        maps, foreign = ours(image), theirs(image)
-    for index, (got, due, stock) in enumerate(zip(maps, exact, foreign, strict=True)):
-        assert_close_to(due, got, stock, name=f"map {index}")
-    assert [f.reduction for f in ours.feature_info] == theirs.feature_info.reduction()
-    assert [f.channels for f in ours.feature_info] == theirs.feature_info.channels()
+    assert_feature_maps_agree(ours, timm.create_model(name, features_only=True))
 
 
 @pytest.mark.parametrize(
