@@ -183,6 +183,8 @@ class _Notes:
         if not found:
             self._check_constant(func, tensors)
             return
+        if not func._schema.is_mutable and any(result is tensor for tensor in tensors):
+            return  # to() of a tensor that is there already
         if self._note_known(func, args, result):
             return
         if func._schema.is_mutable or torch.Tag.nondeterministic_seeded in func.tags:

@@ -230,7 +230,8 @@ class EfficientNet(_Trunk):
 
     def _classify(self, input: Tensor) -> Tensor:
         features = self.forward_features(input)
-        features = F.dropout(features, self.drop_rate, self.training)
+        if self.training:
+            features = F.dropout(features, self.drop_rate)
         return self.classifier(features)
 
     def _head(self) -> ConvNorm:

@@ -290,7 +290,9 @@ class ResNet(_Trunk):
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] -> logits [N, num_classes], or with num_classes=0 features [N, F]."""
-        features = F.dropout(self.forward_features(input), self.drop_rate, self.training)
+        features = self.forward_features(input)
+        if self.training:
+            features = F.dropout(features, self.drop_rate)
         output: Tensor = self.fc(features)
         return output
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -76,6 +78,17 @@ def test_evaluation_like_torchvision(size: tuple[int, int], backend: str) -> Non
     ours = ek.models.efficientnet_v2_s(num_classes=100)
     ek.models.load_checkpoint(ours, theirs.state_dict())
     assert_networks_agree(ours, theirs, image, gradients=False)
+
+
+def test_inference_mode_changes_nothing(backend: str) -> None:
+    """PyTorch shows another list of ops there to those who record them."""
+    network = ek.models.efficientnet_v2_s(num_classes=10).eval()
+    image = torch.randn(2, 3, 48, 48)
+    with torch.no_grad():
+        due = network(image)
+    fresh = copy.deepcopy(network)  # copies leave the recorded forward pass behind
+    with torch.inference_mode():
+        torch.testing.assert_close(fresh(image), due)
 
 
 def test_gradients_in_training_like_timm(backend: str) -> None:
