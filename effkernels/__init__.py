@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from . import ops
 from .cache import clear_cache
 from .dispatch import Backend, BackendUnavailable, backends, use_backend
+from .freeze import Frozen, freeze
 from .modules import (
     BatchNormAct2d,
     ConvNormAct,
@@ -27,12 +28,14 @@ __all__ = [
     "BatchNormAct2d",
     "ConvNormAct",
     "DepthwiseSeparableConv",
+    "Frozen",
     "FusedMBConv",
     "MBConv",
     "SiLU",
     "SqueezeExcite",
     "backends",
     "clear_cache",
+    "freeze",
     "models",
     "ops",
     "use_backend",

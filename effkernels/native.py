@@ -23,7 +23,7 @@ from .layout import empty_nhwc, nhwc, output_size
 _PANEL = 16  # output channels side by side in packed weights; csrc/common/gemm.h kPanel
 _NO_GEOMETRY = [1, 1, 1, 1, 1, 1, 0, 0]
 _IMAGE_CHANNELS = 4  # at most; with more, values of a pixel next to each other read faster
-_RESIDUAL = 16  # place of `residual` among mbconv's arguments after its input
+MBCONV_RESIDUAL = 16  # place of `residual` among mbconv's arguments after its input
 DTYPES = (torch.float32, torch.bfloat16)
 # ruff: noqa: D103 -- a function here is the op of its name, documented in effkernels/ops
 # The order of `enum class Activation` in csrc/common/types.h.
@@ -119,6 +119,11 @@ def _gemm_panels(weight: Tensor) -> Tensor:
         return gemm_panels(weight.detach().permute(0, 2, 3, 1).flatten(1))
 
     return cached("gemm", (weight,), pack)
+
+
+def prepack(weight: Tensor, depthwise: bool) -> None:
+    """Do now what the first call with a convolution's weight would do."""
+    (_depthwise_taps if depthwise else _gemm_panels)(weight)
 
 
 def _depthwise_taps(weight: Tensor) -> Tensor:
@@ -278,6 +283,11 @@ def conv(
         planar,
     )
     return output
+
+
+def pack_gate(reduce_weight: Tensor, expand_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The two matrices of squeeze-and-excitation, [r, C] and [C, r], as the kernels take them."""
+    return _matrix(reduce_weight), _transposed(expand_weight)
 
 
 def pack_squeeze_excite(
@@ -445,7 +455,7 @@ def pack_mbconv(
 def mbconv(input: Tensor, *arguments: Any) -> Tensor:
     packed = pack_mbconv(input, *arguments)
     output = empty_nhwc(input, *packed.size)
-    residual = arguments[_RESIDUAL]
+    residual = arguments[MBCONV_RESIDUAL]
     torch.ops.effkernels_cpu.mbconv(
         output, nhwc(input), *packed.weights, packed.geometry, residual, packed.activations
     )

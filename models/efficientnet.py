@@ -234,6 +234,10 @@ class EfficientNet(_Trunk):
             features = F.dropout(features, self.drop_rate)
         return self.classifier(features)
 
+    def conv_norms(self) -> tuple[ConvNorm, ...]:
+        """The convolutions outside the blocks with the BatchNorms that follow them."""
+        return self._stem(), self._head()
+
     def _head(self) -> ConvNorm:
         return ConvNorm(self.conv_head, self.bn2, self.act2)
 

@@ -157,6 +157,10 @@ class MBConv(Planned):
         output = conv_norm_act(hidden, project)
         return drop_path(output, self.drop_path) + input.to(output.dtype)  # autocast may differ
 
+    def conv_norms(self) -> tuple[ConvNorm, ...]:
+        """The convolutions with the BatchNorms that follow them."""
+        return tuple(stage for stage in self._stages() if stage is not None)
+
     def _stages(self) -> tuple[ConvNorm | None, ConvNorm, ConvNorm]:
         """Expansion (if any), depthwise convolution and projection."""
         if self.has_expansion:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from ..cache import generation
 from ..dispatch import requested
 from ..native import can_run
-from ..program import Replay, record
+from ..program import Replay
+from ..record import record
 from .hooks import has_global_hooks
 
 # Attributes of modules that decide what they compute and that a user may set.
@@ -127,15 +128,14 @@ class Plan:
         return any(self._hook_counts)
 
 
-def plain_inference(input: Tensor) -> bool:
-    """Nobody watches, differentiates, traces or transforms this call."""
+def is_observed(input: Tensor) -> bool:
+    """Somebody watches, traces or transforms this call."""
     return (
-        not torch.is_grad_enabled()
-        and type(input) is Tensor
-        and not torch.is_autocast_enabled("cpu")
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
+        type(input) is not Tensor
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
     )
 
 
@@ -164,7 +164,8 @@ class Planned(nn.Module):
         choice = requested()
         if (
             torch.compiler.is_compiling()
-            or not plain_inference(input)
+            or torch.is_grad_enabled()
+            or is_observed(input)
             or choice not in ("auto", "native")
             or has_global_hooks()
             or can_run(input) is not None

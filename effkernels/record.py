@@ -1,0 +1,336 @@
+"""Recording a forward pass.
+
+While a :class:`Recorder` is active every op that the forward pass reaches PyTorch's dispatcher
+with is noted: what it was called with, and what came out. A replay is right for inputs of the
+recorded shape and dtype, as long as nothing changes that the forward pass read:
+:mod:`effkernels.modules.plan` watches that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from . import native
+from .dispatch import operators, select
+from .fuse_blocks import fuse_blocks
+from .program import Call, Kind, Replay, Step, Value
+from .simplify import simplify
+
+aten = torch.ops.aten
+
+# PyTorch's activations as this library calls them. In place or not makes no difference to a
+# program, whose values have one writer each.
+_ACTIVATIONS = {
+    aten.relu.default: "relu",
+    aten.relu_.default: "relu",
+    aten.silu.default: "silu",
+    aten.silu_.default: "silu",
+    aten.hardswish.default: "hard_swish",
+    aten.hardswish_.default: "hard_swish",
+    aten.hardsigmoid.default: "hard_sigmoid",
+    aten.hardsigmoid_.default: "hard_sigmoid",
+    aten.sigmoid.default: "sigmoid",
+    aten.sigmoid_.default: "sigmoid",
+    aten.hardtanh.default: "relu6",  # with these limits
+    aten.hardtanh_.default: "relu6",
+}
+_RESHAPES = (
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.squeeze.dims,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.alias.default,
+    aten.detach.default,
+)
+# What to call instead: a replay's tensors are not changed, and may have another memory format.
+_FUNCTIONAL = {
+    aten.add_.Tensor: aten.add.Tensor,
+    aten.mul_.Tensor: aten.mul.Tensor,
+    aten.view.default: aten.reshape.default,
+    aten._unsafe_view.default: aten.reshape.default,
+}
+
+
+class CannotRecord(Exception):
+    """The forward pass does something that a replay would not repeat."""
+
+
+def record(function: Callable[[Tensor], Any], input: Tensor) -> tuple[Any, Replay | None]:
+    """``function(input)`` and how to repeat it; None where a replay might differ.
+
+    Args:
+        function: of one tensor; its result may be a tensor, or a list, tuple or dict of them.
+        input: [N, ...], in plain inference (no gradients, no autocast).
+    """
+    recorder = Recorder(input)
+    with recorder:
+        output = function(input)
+    try:
+        replay = recorder.finish(output)
+    except CannotRecord:
+        return output, None
+    return replay(input), replay  # not `output`: the first call must not differ in its last bits
+
+
+class _Notes:
+    """The ops of one forward pass on ``input``.
+
+    Apart from :class:`Recorder` because TorchDispatchMode wraps what its subclasses define, to hide
+    it from torch.compile, and the first call through that wrapper imports the compiler: a second.
+    """
+
+    def __init__(self, input: Tensor) -> None:
+        self.steps: list[Step | Call] = []
+        self.input = Value(tuple(input.shape), input.dtype)
+        self._values: dict[int, Value] = {id(input): self.input}
+        self._kept = [input]  # ids are only good while their tensors live
+        self._names = {input.untyped_storage()._cdata: {id(input)}}  # tensors of a storage
+        self._reason: str | None = None
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        with self:  # type: ignore[attr-defined]
+            # Under inference_mode ops made of others (linear, dropout) come whole.
+            result = func.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
+        result = func(*args, **kwargs)
+        if self._reason is None:
+            try:
+                self._note(func, args, kwargs, result)
+            except CannotRecord as error:
+                self._reason = str(error)
+        return result
+
+    def finish(self, output: Any) -> Replay:
+        """How to get ``output``, the result of the forward pass, for another input."""
+        if self._reason is not None:
+            raise CannotRecord(self._reason)
+        leaves, structure = tree_flatten(output)
+        if not all(isinstance(leaf, Tensor) for leaf in leaves):
+            raise CannotRecord("the output is more than tensors")
+        values = []
+        for leaf in leaves:
+            value = self._find(leaf)
+            if value is None or value.root() is self.input:
+                raise CannotRecord("an output is not computed from the input")
+            values.append(value)
+        wanted = {value.root() for value in values}
+        steps = fuse_blocks(simplify(self.steps, wanted), wanted)
+        return Replay(self.input, steps, values, structure)
+
+    def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+        found = [value for value in map(self._find, tensors) if value is not None]
+        if not found:
+            self._check_constant(func, tensors)
+            return
+        if not func._schema.is_mutable and any(result is tensor for tensor in tensors):
+            return  # to() of a tensor that is there already
+        if func._schema.is_mutable:
+            if func not in _ACTIVATIONS and func not in _FUNCTIONAL:
+                raise CannotRecord(f"{func} changes its arguments")
+            names = self._names.get(args[0].untyped_storage()._cdata, ())
+            if len(names) != 1 or self._find(args[0]) is self.input:
+                raise CannotRecord(f"{func} changes a tensor that somebody else may see")
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise CannotRecord(f"{func} draws random numbers")
+        if not kwargs and self._note_known(func, args, result):
+            return
+        leaves, _ = tree_flatten(result)
+        if not all(leaf is None or isinstance(leaf, Tensor) for leaf in leaves):
+            raise CannotRecord(f"{func} gives more than tensors")
+        if func is aten.as_strided.default:
+            raise CannotRecord(f"{func} knows how its argument lies in memory")
+        func = _FUNCTIONAL.get(func, func)
+        arguments = tree_map(lambda leaf: self._find(leaf) or leaf, (args, kwargs))
+        outputs = [None if leaf is None else self._new(leaf) for leaf in leaves]
+        self.steps.append(Call(func, arguments, outputs, found))
+
+    def _check_constant(self, func: Any, tensors: list[Tensor]) -> None:
+        """An op that the input has nothing to do with need not be repeated."""
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise CannotRecord(f"{func} draws random numbers")
+        if any(tensor.untyped_storage()._cdata in self._names for tensor in tensors):
+            raise CannotRecord(f"{func} sees a tensor in disguise")
+
+    def _note_known(self, func: Any, args: tuple[Any, ...], result: Any) -> bool:
+        """Note what a native program can do; False: it cannot."""
+        if func is aten.addmm.default:
+            return self._note_linear(args, result)
+        input = self._find(args[0])
+        if input is None or native.can_run(args[0]) is not None or args[0].dim() not in (2, 4):
+            return False
+        if func in _RESHAPES:
+            return self._note_reshape(input, result)
+        if func in _ACTIVATIONS:
+            if _ACTIVATIONS[func] == "relu6" and tuple(args[1:]) != (0, 6):
+                return False
+            codes = native.activation_codes([_ACTIVATIONS[func]])
+            self.steps.append(Step(Kind.SILU, input, self._new(result), (), codes))
+            return True
+        if func is aten.convolution.default:
+            return self._note_convolution(args, input, result)
+        return self._note_op(func, args, input, result)
+
+    def _note_reshape(self, input: Value, result: Tensor) -> bool:
+        """[N, C] and [N, C, 1, 1] are the same in memory."""
+        if result.dim() not in (2, 4) or tuple(result.shape[:2]) != input.shape[:2]:
+            return False
+        if result.numel() != input.shape[0] * input.shape[1]:
+            return False
+        self._name(result, Value(tuple(result.shape), result.dtype, base=input))
+        return True
+
+    def _note_linear(self, args: tuple[Any, ...], result: Tensor) -> bool:
+        """addmm(bias, x, weight transposed) as a product over the channels of one pixel."""
+        bias, x, matrix = args
+        input = self._find(x)
+        if input is None or self._find(matrix) is not None or self._find(bias) is not None:
+            return False
+        if native.can_run(x) is not None or matrix.dtype != x.dtype or bias.dim() != 1:
+            return False
+        # Not kept by the cache: views that are made here have no versions to go by.
+        weights = (native.gemm_panels(matrix.t()), None, bias.detach().float().contiguous())
+        codes = native.activation_codes(["none"])
+        self.steps.append(Step(Kind.POINTWISE_CONV, input, self._new(result), weights, codes))
+        return True
+
+    def _note_convolution(self, args: tuple[Any, ...], input: Value, result: Tensor) -> bool:
+        """PyTorch's own convolution, where one of this library's ops computes the same."""
+        x, weight, bias, stride, padding, dilation, transposed, _, groups = args
+        channels, _, *kernel = weight.shape
+        depthwise = groups == input.shape[1] == channels and groups > 1
+        if (
+            len(input.shape) != 4
+            or transposed
+            or not (depthwise or groups == 1)
+            or any(size % 2 == 0 for size in kernel)
+            or weight.dtype != x.dtype
+            or self._find(weight) is not None
+            or (bias is not None and self._find(bias) is not None)
+        ):
+            return False
+        pad_h, pad_w = (list(padding) * 2)[:2]
+        sides = [pad_w, pad_w, pad_h, pad_h]
+        geometry = [(list(stride) * 2)[:2], sides, (list(dilation) * 2)[:2]]
+        pack = native.pack_depthwise_conv if depthwise else native.pack_conv
+        kind = Kind.DEPTHWISE_CONV if depthwise else Kind.CONV
+        planar = not depthwise and native.is_planar(x)
+        if not depthwise and kernel == [1, 1] and not any(sides) and geometry[0] == [1, 1]:
+            kind, planar = Kind.POINTWISE_CONV, False
+        packed = pack(x, weight, None, bias, *geometry, "none")
+        step = Step(kind, input, self._new(result), packed.weights, packed.activations)
+        step.geometry, step.planar, step.source = packed.geometry, planar, weight
+        self.steps.append(step)
+        return True
+
+    def _note_op(self, func: Any, args: tuple[Any, ...], input: Value, result: Any) -> bool:
+        """An op of this library that its compiled kernel ran."""
+        operator = operators.get(func._schema.name.removeprefix("effkernels::"))
+        if operator is None or operator.overload is not func or operator.name not in _LOWER:
+            return False
+        if select(operator, args) is not operator.implementations["native"]:
+            return False
+        others = [leaf for leaf in tree_flatten(args[1:])[0] if isinstance(leaf, Tensor)]
+        depends = [value for value in map(self._find, others) if value is not None]
+        step = _LOWER[operator.name](args, input, self._find)
+        if step is None or any(value is not step.residual for value in depends):
+            return False  # a weight or a gate was computed from the input
+        if any(value.dtype != input.dtype for value in depends):
+            return False
+        if isinstance(result, Tensor):
+            step.output = self._new(result)
+        else:
+            output, mean = result
+            step.output = self._new(output)
+            if args[-1]:
+                step.mean = self._new(mean)
+        self.steps.append(step)
+        return True
+
+    def _find(self, tensor: Any) -> Value | None:
+        return self._values.get(id(tensor)) if isinstance(tensor, Tensor) else None
+
+    def _new(self, tensor: Tensor) -> Value:
+        value = Value(tuple(tensor.shape), tensor.dtype)
+        self._name(tensor, value)
+        return value
+
+    def _name(self, tensor: Tensor, value: Value) -> None:
+        self._kept.append(tensor)
+        self._names.setdefault(tensor.untyped_storage()._cdata, set()).add(id(tensor))
+        self._values[id(tensor)] = value
+
+
+class Recorder(_Notes, TorchDispatchMode):
+    """Notes the ops of one forward pass on ``input``."""
+
+    def __init__(self, input: Tensor) -> None:
+        TorchDispatchMode.__init__(self)
+        _Notes.__init__(self, input)
+
+
+# From an op's arguments to its step, whose output is not known yet; None if it has none.
+
+
+def _lower_conv(args: tuple[Any, ...], input: Value, find: Any) -> Step | None:
+    *front, residual, activation = args
+    if residual is not None and find(residual) is None:
+        return None
+    packed = native.pack_conv(*front, activation)
+    step = Step(Kind.CONV, input, input, packed.weights, packed.activations, packed.geometry)
+    step.residual, step.planar = find(residual), native.is_planar(args[0])
+    return step
+
+
+def _lower_pointwise_conv(args: tuple[Any, ...], input: Value, find: Any) -> Step | None:
+    x, weight, scale, bias, gate, residual, activation, _ = args
+    if gate is not None or (residual is not None and find(residual) is None):
+        return None
+    packed = native.pack_pointwise_conv(x, weight, scale, bias, activation)
+    step = Step(Kind.POINTWISE_CONV, input, input, packed.weights, packed.activations)
+    step.residual, step.source = find(residual), weight
+    return step
+
+
+def _lower_depthwise_conv(args: tuple[Any, ...], input: Value, find: Any) -> Step | None:
+    packed = native.pack_depthwise_conv(*args[:-1])
+    kind = Kind.DEPTHWISE_CONV
+    return Step(kind, input, input, packed.weights, packed.activations, packed.geometry)
+
+
+def _lower_mbconv(args: tuple[Any, ...], input: Value, find: Any) -> Step | None:
+    packed = native.pack_mbconv(*args)
+    step = Step(Kind.MBCONV, input, input, packed.weights, packed.activations, packed.geometry)
+    if args[1 + native.MBCONV_RESIDUAL]:
+        step.residual = input
+    return step
+
+
+def _lower_squeeze_excite(args: tuple[Any, ...], input: Value, find: Any) -> Step | None:
+    weights, activations = native.pack_squeeze_excite(*args[1:])
+    return Step(Kind.SQUEEZE_EXCITE, input, input, weights, activations)
+
+
+def _lower_silu(args: tuple[Any, ...], input: Value, find: Any) -> Step | None:
+    return Step(Kind.SILU, input, input, (), native.activation_codes([args[1]]))
+
+
+_LOWER: dict[str, Callable[[tuple[Any, ...], Value, Any], Step | None]] = {
+    "conv": _lower_conv,
+    "pointwise_conv": _lower_pointwise_conv,
+    "depthwise_conv": _lower_depthwise_conv,
+    "mbconv": _lower_mbconv,
+    "squeeze_excite": _lower_squeeze_excite,
+    "silu": _lower_silu,
+}

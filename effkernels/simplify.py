@@ -1,0 +1,200 @@
+"""Fewer steps for the same result: what a convolution's epilogue can do is done there.
+
+BatchNorm in evaluation, a residual addition, an activation and the mean over pixels each read and
+write a whole tensor when they are steps of their own, and cost next to nothing at the end of the
+convolution before. Padding in front of a convolution goes into its geometry.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .native import activation_codes
+from .program import Call, Kind, Step, Value
+
+aten = torch.ops.aten
+
+_CONVOLUTIONS = (Kind.CONV, Kind.POINTWISE_CONV, Kind.DEPTHWISE_CONV)
+_NO_ACTIVATION, _SILU, _SIGMOID = ([code] for code in activation_codes(("none", "silu", "sigmoid")))
+
+
+def simplify(steps: Sequence[Step | Call], outputs: set[Value]) -> list[Step | Call]:
+    """``steps`` with as many of them as possible made part of a convolution.
+
+    Args:
+        steps: in the order they ran; a convolution may be changed in place.
+        outputs: values that are wanted in the end.
+    """
+    return _Simplifier(steps, outputs).run()
+
+
+class _Simplifier:
+    def __init__(self, steps: Sequence[Step | Call], outputs: set[Value]) -> None:
+        self._steps = steps
+        self._outputs = outputs
+        self._readers = Counter(value for step in steps for value in set(step.reads()))
+        self._producers: dict[Value, Step | Call] = {}
+        self._order: dict[int, int] = {}
+
+    def run(self) -> list[Step | Call]:
+        kept: list[Step | Call] = []
+        for position, original in enumerate(self._steps):
+            step = self._as_silu(original) if isinstance(original, Call) else original
+            self._order[id(step)] = position
+            if isinstance(step, Step):
+                if step.kind in _CONVOLUTIONS:
+                    self._take_padding(step)
+                producer = self._absorb_activation(step)
+            else:
+                producer = self._absorb_call(step)
+            for value in step.writes():
+                self._producers[value] = step if producer is None else producer
+            if producer is None:
+                kept.append(step)
+        return self._without_unread(kept)
+
+    def _open(self, value: Value) -> Step | None:
+        """The convolution that made ``value``, if its epilogue may go on."""
+        step = self._producers.get(value.root())
+        if (
+            isinstance(step, Step)
+            and step.kind in _CONVOLUTIONS
+            and step.output is value.root()
+            and step.activations == _NO_ACTIVATION
+            and step.mean is None
+            and value.root() not in self._outputs
+            and self._readers[value.root()] == 1
+        ):
+            return step
+        return None
+
+    def _as_silu(self, call: Call) -> Step | Call:
+        """x · sigmoid(x), written out by networks from before PyTorch had SiLU, as one step."""
+        args, kwargs = call.arguments
+        output = call.outputs[0]
+        if call.function is not aten.mul.Tensor or kwargs or output is None:
+            return call
+        for input, factor in (args, args[::-1]):
+            if not isinstance(input, Value) or not isinstance(factor, Value):
+                return call
+            step = self._producers.get(factor)
+            if (
+                isinstance(step, Step)
+                and step.kind == Kind.SILU
+                and step.activations == _SIGMOID
+                and step.input is input
+                and self._readers[factor] == 1
+                and factor not in self._outputs
+            ):
+                self._readers[input] -= 1  # the sigmoid is not read any more
+                return Step(Kind.SILU, input, output, (), _SILU)
+        return call
+
+    def _absorb_activation(self, step: Step) -> Step | None:
+        producer = self._open(step.input) if step.kind == Kind.SILU else None
+        if producer is not None:
+            producer.activations = step.activations
+            producer.output = step.output
+        return producer
+
+    def _absorb_call(self, call: Call) -> Step | None:
+        """The step that does the work of ``call`` from now on."""
+        (args, kwargs), function = call.arguments, call.function
+        if function is aten.native_batch_norm.default and not kwargs:
+            return self._absorb_batch_norm(call, *args)
+        if function is aten.add.Tensor and not kwargs and len(args) == 2:
+            return self._absorb_residual(call, *args)
+        if function is aten.mean.dim and (len(args) < 3 or args[2] in (True, False)):
+            return None if kwargs else self._absorb_mean(call, *args[:2])
+        return None
+
+    def _absorb_batch_norm(
+        self,
+        call: Call,
+        input: Value,
+        weight: Any,
+        bias: Any,
+        mean: Any,
+        var: Any,
+        training: bool,
+        momentum: float,
+        eps: float,
+    ) -> Step | None:
+        producer = self._open(input)
+        if producer is None or training or producer.residual is not None or mean is None:
+            return None
+        panels, scale, shift = producer.weights
+        if scale is not None or call.outputs[0] is None:
+            return None
+        if any(value in self._readers for value in call.outputs[1:] if value is not None):
+            return None
+        # In double, so that the folded network errs no more than the original.
+        factor = (var.double() + eps).rsqrt()
+        if weight is not None:
+            factor = factor * weight.double()
+        center = mean.double() if shift is None else mean.double() - shift.double()
+        offset = -center * factor if bias is None else bias.double() - center * factor
+        producer.weights = (panels, factor.float(), offset.float())
+        producer.output = call.outputs[0]
+        return producer
+
+    def _absorb_residual(self, call: Call, a: Any, b: Any) -> Step | None:
+        output = call.outputs[0]
+        if not isinstance(a, Value) or not isinstance(b, Value) or a is b or output is None:
+            return None
+        if not a.shape == b.shape == output.shape or not a.dtype == b.dtype == output.dtype:
+            return None
+        # Both have to be there: the one that comes last adds the other.
+        for value, other in ((a, b), (b, a)):
+            step, before = self._open(value), self._producers.get(other.root())
+            if step is None or step.residual is not None or step.kind == Kind.DEPTHWISE_CONV:
+                continue
+            if before is None or self._order[id(before)] < self._order[id(step)]:
+                step.residual, step.output = other, output
+                return step
+        return None
+
+    def _absorb_mean(self, call: Call, input: Any, axes: Any) -> Step | None:
+        output = call.outputs[0]
+        if not isinstance(input, Value) or len(input.shape) != 4 or output is None:
+            return None
+        if not axes or sorted(axis % 4 for axis in axes) != [2, 3] or output.dtype != input.dtype:
+            return None
+        step = self._producers.get(input)
+        if (
+            isinstance(step, Step)
+            and step.kind in (Kind.POINTWISE_CONV, Kind.DEPTHWISE_CONV)
+            and step.output is input
+            and step.mean is None
+        ):
+            step.mean = output
+            return step
+        return None
+
+    def _take_padding(self, step: Step) -> None:
+        pad = self._producers.get(step.input)
+        if not isinstance(pad, Call) or pad.function is not aten.constant_pad_nd.default:
+            return
+        (source, sides, *value), _ = pad.arguments
+        if len(sides) != 4 or min(sides) < 0 or any(v != 0 for v in value) or source.base:
+            return
+        if step.kind == Kind.POINTWISE_CONV:  # has no windows, and so no padding
+            step.kind = Kind.CONV
+        left, _, top, _ = sides
+        step.geometry = [*step.geometry[:6], step.geometry[6] + left, step.geometry[7] + top]
+        self._readers[step.input] -= 1
+        self._readers[source] += 1
+        step.input = source
+
+    def _without_unread(self, steps: list[Step | Call]) -> list[Step | Call]:
+        wanted = set(self._outputs)
+        kept = []
+        for step in reversed(steps):
+            if any(value in wanted for value in step.writes()):
+                wanted.update(step.reads())
+                kept.append(step)
+        return kept[::-1]
