@@ -161,46 +161,69 @@ inline int64_t chunk_rows(int64_t depth) {
   return max_of(4 * kTileRows, min_of(rows, 36 * kTileRows));
 }
 
+// How a product is cut into tasks: chunks of rows times groups of panels. The threads should get
+// the same amount of work each; rows are cut between any two, panels cannot be.
+struct Cut {
+  int64_t chunks, groups;
+};
+
+// With few rows the panels are split: every thread then reads its own weights only.
+inline Cut cut_evenly(const GemmShape& shape, int64_t threads) {
+  const int64_t least = ceil_div(shape.rows, chunk_rows(shape.depth));
+  const int64_t tasks = shape.images * least, panels = ceil_div(shape.channels, kPanel);
+  if (tasks < threads) {
+    const int64_t groups = ceil_div(threads, tasks);
+    const int64_t most = ceil_div(panels, groups) * groups;
+    if (groups <= panels && 10 * most <= 11 * panels) return {least, groups};
+  }
+  const int64_t chunks = ceil_div(round_up(tasks, threads), shape.images);
+  return {min_of(chunks, shape.rows), 1};
+}
+
 // `sums`, if any, is [images][chunks, channels] with chunks = ceil(rows / chunk_rows(depth)):
 // column sums of every chunk's results, which do not depend on the number of threads.
 template <class T, class Prepare>
 inline void gemm(const GemmShape& shape, const float* packed, const Epilogue& epilogue, T* out,
                  float* sums, const Parallel& parallel, Prepare&& prepare) {
-  const int64_t chunk = chunk_rows(shape.depth);
-  int64_t chunks = ceil_div(shape.rows, chunk);
-  if (chunks == 0 || shape.images == 0 || shape.channels == 0) return;
-  int64_t size = chunk;
-  if (sums == nullptr) {  // free to choose equal chunks, as many for every thread
-    const int64_t all = round_up(shape.images * chunks, parallel.threads);
-    chunks = min_of(ceil_div(all, shape.images), ceil_div(shape.rows, kTileRows));
-    size = round_up(ceil_div(shape.rows, chunks), kTileRows);
-    chunks = ceil_div(shape.rows, size);
+  if (shape.rows == 0 || shape.images == 0 || shape.channels == 0) return;
+  const int64_t size = chunk_rows(shape.depth), panels = ceil_div(shape.channels, kPanel);
+  Cut cut{ceil_div(shape.rows, size), 1};
+  if (sums == nullptr) {
+    cut = cut_evenly(shape, parallel.threads);
+  } else {
+    cut.groups = min_of(panels, ceil_div(parallel.threads, shape.images * cut.chunks));
   }
-  // Output channels are split as well where the rows alone do not feed the threads.
-  const int64_t blocks = ceil_div(shape.channels, kTileChannels);
-  const int64_t groups = min_of(blocks, ceil_div(parallel.threads, shape.images * chunks));
-  const int64_t per_group = ceil_div(blocks, groups);
-  const int64_t panels = ceil_div(shape.channels, kPanel);
+  // Between whole register tiles where that is not far from even.
+  const int64_t unit = shape.rows >= 8 * kTileRows * cut.chunks ? kTileRows : 1;
+  const auto first_row = [&](int64_t chunk) {
+    if (sums != nullptr) return min_of(shape.rows, chunk * size);
+    return min_of(shape.rows, ceil_div(shape.rows, unit) * chunk / cut.chunks * unit);
+  };
+  const int64_t longest =
+      sums != nullptr ? size : (ceil_div(ceil_div(shape.rows, unit), cut.chunks)) * unit;
+  constexpr int64_t kWide = kTileChannels / kPanel;
   const T* residual = static_cast<const T*>(epilogue.residual);
-  parallel_for(parallel, shape.images * chunks * groups, [&](int64_t begin, int64_t end) {
-    float* buffer = shape.buffered
-                        ? scratch(ScratchUse::kPanelRows, static_cast<size_t>(size * shape.depth))
-                        : nullptr;
+  parallel_for(parallel, shape.images * cut.chunks * cut.groups, [&](int64_t begin, int64_t end) {
+    float* buffer = nullptr;
+    if (shape.buffered) {
+      buffer = scratch(ScratchUse::kPanelRows, static_cast<size_t>(longest * shape.depth));
+    }
     for (int64_t task = begin; task < end; task++) {
-      const int64_t group = task % groups, image = task / groups / chunks;
-      const int64_t index = task / groups % chunks, first = index * size;
-      const int64_t rows = min_of(size, shape.rows - first);
+      const int64_t group = task % cut.groups, image = task / cut.groups / cut.chunks;
+      const int64_t chunk = task / cut.groups % cut.chunks, first = first_row(chunk);
+      const int64_t rows = first_row(chunk + 1) - first;
       const float* a = prepare(image, first, rows, buffer);
       const int64_t start = (image * shape.rows + first) * shape.channels;
-      float* sum = sums == nullptr ? nullptr : sums + (image * chunks + index) * shape.channels;
-      for (int64_t b = group * per_group; b < min_of(blocks, (group + 1) * per_group); b++) {
-        const int64_t k = b * kTileChannels;
-        const int64_t count = min_of(shape.channels - k, kTileChannels);
+      float* sum = sums == nullptr ? nullptr : sums + (image * cut.chunks + chunk) * shape.channels;
+      const int64_t last = panels * (group + 1) / cut.groups;
+      for (int64_t panel = panels * group / cut.groups; panel < last;) {
+        const int64_t here = min_of(last - panel, kWide), k = panel * kPanel;
+        const int64_t count = min_of(shape.channels - k, here * kPanel);
         for (int64_t c = 0; sum != nullptr && c < count; c++) sum[k + c] = 0.0f;
-        const int64_t here = min_of(panels - k / kPanel, kTileChannels / kPanel);
-        const int64_t after = min_of(k / kPanel + here, panels - here);
+        panel += here;
+        const int64_t next = panel < last ? min_of(panel, panels - here) : 0;
         gemm_rows(a, shape.depth, Dense{}, rows, packed + k * shape.depth, here, shape.depth,
-                  packed + after * kPanel * shape.depth,
+                  packed + next * kPanel * shape.depth,
                   [&](int64_t row, int64_t rows_done, const float* tile) {
                     const int64_t at = start + row * shape.channels + k;
                     finish_rows<T>(tile, kTileChannels, rows_done, count, epilogue, k,

@@ -92,14 +92,14 @@ void expand_rows(const MBConvArgs& args, const float* image, const Ring& ring, i
             });
 }
 
-// hidden rows [first, last) of the panels at `channel`, and their sums if asked for.
-void expand_depthwise(const MBConvArgs& args, const float* image, int64_t channel, int64_t first,
-                      int64_t last, float* hidden, float* row_sums) {
+// hidden rows [first, last) of `panels` panels from `channel` on, and their sums if asked for.
+void expand_depthwise(const MBConvArgs& args, const float* image, int64_t channel, int64_t panels,
+                      int64_t first, int64_t last, float* hidden, float* row_sums) {
   const Geometry& g = args.geometry;
   Ring ring = make_ring(args);
   ring.data = scratch(ScratchUse::kRing, ring.size());
   std::memset(ring.data, 0, ring.size() * sizeof(float));  // the padding stays zero
-  const int64_t channels = min_of(args.expanded - channel, kTileChannels);
+  const int64_t channels = min_of(args.expanded - channel, panels * kPanel);
   const int64_t weight_stride = round_up(args.expanded, kPanel);
   const size_t taps = static_cast<size_t>(g.kernel_h);
   const float** rows = static_cast<const float**>(__builtin_alloca(taps * sizeof(const float*)));
@@ -131,12 +131,24 @@ void expand_depthwise(const MBConvArgs& args, const float* image, int64_t channe
   }
 }
 
-// Bands of output rows: the fewest that, times the panels, feed every thread evenly.
-int64_t band_count(int64_t panels, int64_t rows, int64_t threads) {
-  if (threads == 1) return 1;
-  int64_t bands = 1;
-  while (bands < rows && panels * bands % threads != 0 && panels * bands < 8 * threads) bands++;
-  return bands;
+// Bands of output rows that share a panel's work between threads. Every band expands the rows that
+// it shares with its neighbour again, so bands pay only where the panels cannot be dealt out
+// evenly.
+int64_t band_count(const MBConvArgs& args, int64_t panels, int64_t threads) {
+  const int64_t shared = args.geometry.dilation_h * (args.geometry.kernel_h - 1);
+  const int64_t rows = max_of(1, args.in.height);
+  int64_t best = 1;
+  double least = 0.0;
+  for (int64_t bands = 1; bands <= min_of(args.out_height, 2 * threads); bands++) {
+    const double most =
+        static_cast<double>(ceil_div(panels * bands, threads)) / static_cast<double>(bands);
+    const double work = most * static_cast<double>(rows + shared * (bands - 1));
+    if (bands == 1 || work < least) {
+      best = bands;
+      least = work;
+    }
+  }
+  return best;
 }
 
 void hidden_rows(const MBConvArgs& args, const float* image, float* hidden, float* row_sums,
@@ -156,29 +168,33 @@ void hidden_rows(const MBConvArgs& args, const float* image, float* hidden, floa
     });
     return;
   }
-  const int64_t panels = ceil_div(args.expanded, kTileChannels);
-  const int64_t bands = band_count(panels, args.out_height, parallel.threads);
+  const int64_t panels = ceil_div(args.expanded, kPanel);
+  const int64_t bands = band_count(args, panels, parallel.threads);
   parallel_for(parallel, panels * bands, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; task++) {
-      const int64_t band = task % bands;
-      expand_depthwise(args, image, task / bands * kTileChannels, band * args.out_height / bands,
+    for (int64_t task = begin; task < end;) {
+      const int64_t band = task / panels, panel = task % panels;
+      const int64_t count = min_of(min_of(end - task, panels - panel), kTileChannels / kPanel);
+      expand_depthwise(args, image, panel * kPanel, count, band * args.out_height / bands,
                        (band + 1) * args.out_height / bands, hidden, row_sums);
+      task += count;
     }
   });
 }
 
 // Packed weights times the gate of their input channels.
 void gate_panels(const float* packed, const float* gate, int64_t depth, int64_t channels,
-                 float* out) {
-  for (int64_t panel = 0; panel < ceil_div(channels, kPanel); panel++) {
-    for (int64_t c = 0; c < depth; c++) {
-      const Vec factor = Vec::set1(gate[c]);
-      const int64_t at = (panel * depth + c) * kPanel;
-      for (int64_t k = at; k < at + kPanel; k += Vec::size) {
-        (Vec::load(packed + k) * factor).store(out + k);
+                 float* out, const Parallel& parallel) {
+  parallel_for(parallel, ceil_div(channels, kPanel), [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; panel++) {
+      for (int64_t c = 0; c < depth; c++) {
+        const Vec factor = Vec::set1(gate[c]);
+        const int64_t at = (panel * depth + c) * kPanel;
+        for (int64_t k = at; k < at + kPanel; k += Vec::size) {
+          (Vec::load(packed + k) * factor).store(out + k);
+        }
       }
     }
-  }
+  });
 }
 
 template <class T>
@@ -214,7 +230,7 @@ void run_image(const MBConvArgs& args, int64_t index, const Parallel& parallel) 
     reduce_rows(row_sums, args.out_height, expanded, 1.0f / static_cast<float>(pixels), mean);
     gate_row(args.gate, mean, gate);
     if (gated > 0) {
-      gate_panels(args.project_weight, gate, expanded, args.out_channels, gated_weight);
+      gate_panels(args.project_weight, gate, expanded, args.out_channels, gated_weight, parallel);
       weight = gated_weight;
       gate = nullptr;
     }
