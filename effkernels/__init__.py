@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import ops
+from .accelerate import accelerate, restore
 from .cache import clear_cache
 from .dispatch import Backend, BackendUnavailable, backends, use_backend
 from .freeze import Frozen, freeze
@@ -33,11 +34,13 @@ __all__ = [
     "MBConv",
     "SiLU",
     "SqueezeExcite",
+    "accelerate",
     "backends",
     "clear_cache",
     "freeze",
     "models",
     "ops",
+    "restore",
     "use_backend",
 ]
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from .accelerate import check_model, restore
 from .cache import generation
 from .dispatch import requested
 from .modules.fused import convolution_kind
@@ -49,19 +50,14 @@ def freeze(model: nn.Module) -> Frozen:
         TypeError: if ``model`` is no ``nn.Module``.
         ValueError: if it has parameters on the meta device, or quantized ones.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"freeze: model is {type(model).__name__}, a torch.nn.Module is accepted")
+    check_model("freeze", model)
     if isinstance(model, Frozen):
         return copy.deepcopy(model)
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_meta or tensor.is_quantized:
-            what = "on the meta device" if tensor.is_meta else "quantized"
-            raise ValueError(f"freeze: {name} is {what}, a floating-point tensor is accepted")
     if model.training:
         warnings.warn(
             "freeze: model is in training mode, its copy is put into evaluation", stacklevel=2
         )
-    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    frozen = restore(copy.deepcopy(model)).eval().requires_grad_(False)
     _fold(frozen)
     for conv in frozen.modules():
         if isinstance(conv, nn.Conv2d) and can_run(conv.weight) is None:

@@ -92,17 +92,19 @@ class _Notes:
         self._values: dict[int, Value] = {id(input): self.input}
         self._kept = [input]  # ids are only good while their tensors live
         self._names = {input.untyped_storage()._cdata: {id(input)}}  # tensors of a storage
+        self._made: set[int] = set()  # ids of tensors that the forward pass made of constants
         self._reason: str | None = None
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        with self:  # type: ignore[attr-defined]
-            # Under inference_mode ops made of others (linear, dropout) come whole.
-            result = func.decompose(*args, **kwargs)
-        if result is not NotImplemented:
-            return result
+        if torch.is_inference_mode_enabled():
+            # Ops made of others (linear, dropout) come whole.
+            with self:  # type: ignore[attr-defined]
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         result = func(*args, **kwargs)
         if self._reason is None:
             try:
@@ -133,6 +135,12 @@ class _Notes:
         found = [value for value in map(self._find, tensors) if value is not None]
         if not found:
             self._check_constant(func, tensors)
+            made = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)]
+            storages = {tensor.untyped_storage()._cdata for tensor in tensors}
+            for tensor in made:  # views are somebody else's memory
+                if tensor.untyped_storage()._cdata not in storages:
+                    self._made.add(id(tensor))
+            self._kept += made
             return
         if not func._schema.is_mutable and any(result is tensor for tensor in tensors):
             return  # to() of a tensor that is there already
@@ -160,6 +168,8 @@ class _Notes:
         """An op that the input has nothing to do with need not be repeated."""
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise CannotRecord(f"{func} draws random numbers")
+        if func._schema.is_mutable and not any(id(tensor) in self._made for tensor in tensors[:1]):
+            raise CannotRecord(f"{func} changes something that will still be there")
         if any(tensor.untyped_storage()._cdata in self._names for tensor in tensors):
             raise CannotRecord(f"{func} sees a tensor in disguise")
 
@@ -178,6 +188,8 @@ class _Notes:
             codes = native.activation_codes([_ACTIVATIONS[func]])
             self.steps.append(Step(Kind.SILU, input, self._new(result), (), codes))
             return True
+        if func is aten.native_batch_norm.default and args[5]:
+            raise CannotRecord("a BatchNorm is in training")
         if func is aten.convolution.default:
             return self._note_convolution(args, input, result)
         return self._note_op(func, args, input, result)

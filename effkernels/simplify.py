@@ -105,7 +105,12 @@ class _Simplifier:
         """The step that does the work of ``call`` from now on."""
         (args, kwargs), function = call.arguments, call.function
         if function is aten.native_batch_norm.default and not kwargs:
-            return self._absorb_batch_norm(call, *args)
+            input, weight, bias, mean, var, training, _, eps = args
+            if not training:
+                return self._absorb_batch_norm(call, input, weight, bias, mean, var, eps)
+        if function is aten._native_batch_norm_legit_no_training.default and not kwargs:
+            input, weight, bias, mean, var, _, eps = args
+            return self._absorb_batch_norm(call, input, weight, bias, mean, var, eps)
         if function is aten.add.Tensor and not kwargs and len(args) == 2:
             return self._absorb_residual(call, *args)
         if function is aten.mean.dim and (len(args) < 3 or args[2] in (True, False)):
@@ -120,12 +125,10 @@ class _Simplifier:
         bias: Any,
         mean: Any,
         var: Any,
-        training: bool,
-        momentum: float,
         eps: float,
     ) -> Step | None:
         producer = self._open(input)
-        if producer is None or training or producer.residual is not None or mean is None:
+        if producer is None or producer.residual is not None or mean is None:
             return None
         panels, scale, shift = producer.weights
         if scale is not None or call.outputs[0] is None:

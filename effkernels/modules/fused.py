@@ -25,6 +25,7 @@ _ACTIVATION_NAMES: dict[type[nn.Module], str] = {
     nn.SiLU: "silu",
     nn.Hardswish: "hard_swish",
     nn.Sigmoid: "sigmoid",
+    nn.Hardsigmoid: "hard_sigmoid",
 }
 
 

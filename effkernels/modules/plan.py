@@ -32,10 +32,9 @@ _WATCHED = (
     "groups",
     "padding_mode",
     "eps",
-    "has_residual",
-    "drop_path",
-    "drop_rate",
 )
+# A block or network decides by whatever plain attributes it has.
+_PLAIN = (bool, int, float, str, tuple, type(None))
 # Modules that do not look at their `training`.
 _ALWAYS_THE_SAME = (
     *(nn.Conv2d, nn.Linear, nn.Sequential, nn.ModuleList, nn.Identity),
@@ -90,6 +89,10 @@ class Plan:
             state = module.__dict__
             entries.append((state, "forward", state.get("forward")))
             entries += [(state, name, state[name]) for name in _WATCHED if name in state]
+            if isinstance(module, Planned):
+                entries += [
+                    (state, name, value) for name, value in state.items() if type(value) in _PLAIN
+                ]
             if type(module) not in _ALWAYS_THE_SAME:
                 entries.append((state, "training", module.training))
             entries += [(module._modules, *item) for item in module._modules.items()]

@@ -1,0 +1,66 @@
+"""What a class of another library becomes: a subclass of it, with one of these in front."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from ..modules.fused import (
+    ConvNorm,
+    activation_name,
+    batch_norm_act,
+    conv_norm_act,
+    convolution_kind,
+    uses_batch_statistics,
+)
+from ..modules.hooks import has_global_hooks, is_untouched
+from ..modules.mbconv import NO_ACTIVATION
+from ..modules.plan import Planned
+
+
+class Accelerated(Planned):
+    """A block or a network: in evaluation its own forward pass, recorded and replayed."""
+
+    @classmethod
+    def accelerates(cls) -> type[nn.Module]:
+        """The class that this one takes the place of."""
+        return cls.__bases__[-1]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original's."""
+        if self.training or len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+            return super().forward(*args, **kwargs)
+        return self.planned(super().forward, args[0])
+
+
+class AcceleratedNormAct(Accelerated):
+    """timm's BatchNormAct2d: in training BatchNorm and activation as one op."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original's."""
+        norm = cast(nn.BatchNorm2d, self)
+        if uses_batch_statistics(norm) and len(args) == 1 and not kwargs and not has_global_hooks():
+            activation, drop = self._modules.get("act"), self._modules.get("drop")
+            name = None if activation is None else activation_name(activation)
+            if name is not None and type(drop) is nn.Identity and is_untouched(drop):
+                return batch_norm_act(args[0], norm, name)
+        return super().forward(*args, **kwargs)
+
+
+class AcceleratedConvNormAct(Accelerated):
+    """A Sequential of convolution, BatchNorm and perhaps an activation: in training as two ops."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original's."""
+        children = list(self._modules.values())
+        if self.training and len(args) == 1 and not kwargs and len(children) in (2, 3):
+            conv, norm, activation = (*children, NO_ACTIVATION)[:3]
+            if (
+                type(norm) is nn.BatchNorm2d
+                and isinstance(conv, nn.Conv2d)
+                and convolution_kind(conv) is not None
+                and activation is not None
+            ):
+                return conv_norm_act(args[0], ConvNorm(conv, norm, activation))
+        return super().forward(*args, **kwargs)
