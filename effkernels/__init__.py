@@ -7,6 +7,7 @@ from . import ops
 from .accelerate import accelerate, restore
 from .cache import clear_cache
 from .dispatch import Backend, BackendUnavailable, backends, use_backend
+from .explain import Report, explain
 from .freeze import Frozen, freeze
 from .modules import (
     BatchNormAct2d,
@@ -32,11 +33,13 @@ __all__ = [
     "Frozen",
     "FusedMBConv",
     "MBConv",
+    "Report",
     "SiLU",
     "SqueezeExcite",
     "accelerate",
     "backends",
     "clear_cache",
+    "explain",
     "freeze",
     "models",
     "ops",

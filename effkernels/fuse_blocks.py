@@ -35,6 +35,12 @@ def fuse_blocks(steps: Sequence[Step | Call], outputs: set[Value]) -> list[Step 
         if block is not None:
             gone.update(id(part) for part in block.parts)
             fused[id(step)] = block.step
+            block.step.covers = [
+                cover
+                for part in steps
+                if any(part is member for member in block.parts)
+                for cover in part.covers
+            ]
             producers.update((value, block.step) for value in block.step.writes())
     return [
         fused.get(id(step), step) for step in steps if id(step) not in gone or id(step) in fused

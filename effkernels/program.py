@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,13 @@ from .layout import nhwc
 _NONE = -1
 _WEIGHTS = 13  # places for weights in a step
 _ALIGNMENT = 64  # bytes
+
+
+class Cover(NamedTuple):
+    """An op that a step stands for, for people to read."""
+
+    op: str
+    modules: tuple[str, ...]  # whose parameters it was called with, where they have names
 
 
 class Kind(IntEnum):
@@ -71,6 +78,7 @@ class Step:
     mean: Value | None = None
     planar: bool = False  # the input is NCHW
     source: Tensor | None = None  # a pointwise convolution's weight as it was given, [K, C, 1, 1]
+    covers: list[Cover] = field(default_factory=list)
 
     def reads(self) -> list[Value]:
         return [value.root() for value in (self.input, self.residual) if value is not None]
@@ -87,6 +95,7 @@ class Call:
     arguments: Any  # (args, kwargs)
     outputs: list[Value | None]  # flattened
     read: list[Value]
+    covers: list[Cover] = field(default_factory=list)
 
     def reads(self) -> list[Value]:
         return [value.root() for value in self.read]
@@ -99,6 +108,7 @@ class Replay:
     """The recorded steps, ready to run: native programs, and calls of other ops between them.
 
     Attributes:
+        steps: what it does, in order.
         any_batch: inputs may have another batch size than the recorded one.
     """
 
@@ -109,6 +119,7 @@ class Replay:
         outputs: Sequence[Value],
         structure: Any,
     ) -> None:
+        self.steps = steps
         self._input = input
         self._outputs = outputs
         self._structure = structure

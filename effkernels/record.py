@@ -8,7 +8,7 @@ recorded shape and dtype, as long as nothing changes that the forward pass read:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from . import native
 from .dispatch import operators, select
 from .fuse_blocks import fuse_blocks
-from .program import Call, Kind, Replay, Step, Value
+from .program import Call, Cover, Kind, Replay, Step, Value
 from .simplify import simplify
 
 aten = torch.ops.aten
@@ -82,12 +82,15 @@ def record(function: Callable[[Tensor], Any], input: Tensor) -> tuple[Any, Repla
 class _Notes:
     """The ops of one forward pass on ``input``.
 
+    ``names``: what the tensors of these ids are called, for the steps' ``covers``.
+
     Apart from :class:`Recorder` because TorchDispatchMode wraps what its subclasses define, to hide
     it from torch.compile, and the first call through that wrapper imports the compiler: a second.
     """
 
-    def __init__(self, input: Tensor) -> None:
+    def __init__(self, input: Tensor, names: Mapping[int, str] | None = None) -> None:
         self.steps: list[Step | Call] = []
+        self._modules = dict(names or {})
         self.input = Value(tuple(input.shape), input.dtype)
         self._values: dict[int, Value] = {id(input): self.input}
         self._kept = [input]  # ids are only good while their tensors live
@@ -107,14 +110,21 @@ class _Notes:
                 return result
         result = func(*args, **kwargs)
         if self._reason is None:
+            noted = len(self.steps)
             try:
                 self._note(func, args, kwargs, result)
             except CannotRecord as error:
                 self._reason = str(error)
+            if self._modules:
+                self._attribute(func, (args, kwargs), result, self.steps[noted:])
         return result
 
     def finish(self, output: Any) -> Replay:
-        """How to get ``output``, the result of the forward pass, for another input."""
+        """How to get ``output``, the result of the forward pass, for another input.
+
+        Raises:
+            CannotRecord: with the reason why a replay might differ.
+        """
         if self._reason is not None:
             raise CannotRecord(self._reason)
         leaves, structure = tree_flatten(output)
@@ -144,6 +154,8 @@ class _Notes:
             return
         if not func._schema.is_mutable and any(result is tensor for tensor in tensors):
             return  # to() of a tensor that is there already
+        if func is aten.as_strided_.default and _same_in_memory(*args):
+            return
         if func._schema.is_mutable:
             if func not in _ACTIVATIONS and func not in _FUNCTIONAL:
                 raise CannotRecord(f"{func} changes its arguments")
@@ -163,6 +175,17 @@ class _Notes:
         arguments = tree_map(lambda leaf: self._find(leaf) or leaf, (args, kwargs))
         outputs = [None if leaf is None else self._new(leaf) for leaf in leaves]
         self.steps.append(Call(func, arguments, outputs, found))
+
+    def _attribute(self, func: Any, arguments: Any, result: Any, steps: list[Step | Call]) -> None:
+        """Write down whose parameters ``func`` was called with."""
+        tensors = [leaf for leaf in tree_flatten(arguments)[0] if isinstance(leaf, Tensor)]
+        modules = tuple(
+            dict.fromkeys(self._modules[id(t)] for t in tensors if id(t) in self._modules)
+        )
+        for step in steps:
+            step.covers = [Cover(func._schema.name.partition("::")[2], modules)]
+        if not steps and len(modules) == 1 and isinstance(result, Tensor):
+            self._modules[id(result)] = modules[0]  # a transposed weight is the module's, too
 
     def _check_constant(self, func: Any, tensors: list[Tensor]) -> None:
         """An op that the input has nothing to do with need not be repeated."""
@@ -287,9 +310,18 @@ class _Notes:
 class Recorder(_Notes, TorchDispatchMode):
     """Notes the ops of one forward pass on ``input``."""
 
-    def __init__(self, input: Tensor) -> None:
+    def __init__(self, input: Tensor, names: Mapping[int, str] | None = None) -> None:
         TorchDispatchMode.__init__(self)
-        _Notes.__init__(self, input)
+        _Notes.__init__(self, input, names)
+
+
+def _same_in_memory(tensor: Tensor, size: Any, stride: Any, offset: Any = None) -> bool:
+    """These strides address the dense vectors [N, C, 1, 1] as any others would.
+
+    adaptive_avg_pool2d does this to its result, to make it look like channels_last.
+    """
+    vectors = tuple(tensor.shape[2:]) == (1, 1) and tuple(size) == tuple(tensor.shape)
+    return vectors and tuple(stride[:2]) == (tensor.shape[1], 1) and not offset
 
 
 # From an op's arguments to its step, whose output is not known yet; None if it has none.

@@ -55,6 +55,8 @@ class _Simplifier:
                 self._producers[value] = step if producer is None else producer
             if producer is None:
                 kept.append(step)
+            else:
+                producer.covers += step.covers
         return self._without_unread(kept)
 
     def _open(self, value: Value) -> Step | None:
@@ -91,7 +93,7 @@ class _Simplifier:
                 and factor not in self._outputs
             ):
                 self._readers[input] -= 1  # the sigmoid is not read any more
-                return Step(Kind.SILU, input, output, (), _SILU)
+                return Step(Kind.SILU, input, output, (), _SILU, covers=call.covers)
         return call
 
     def _absorb_activation(self, step: Step) -> Step | None:
