@@ -165,6 +165,10 @@ class _Trunk(Planned):
                 channels, index = stage.out_channels, index + 1
             self.blocks.append(nn.Sequential(*blocks))
 
+    def conv_norms(self) -> tuple[ConvNorm, ...]:
+        """The convolutions outside the blocks with the BatchNorms that follow them."""
+        return (self._stem(),)
+
     def _stem(self) -> ConvNorm:
         return ConvNorm(self.conv_stem, self.bn1, self.act1, self._same)
 
@@ -235,7 +239,6 @@ class EfficientNet(_Trunk):
         return self.classifier(features)
 
     def conv_norms(self) -> tuple[ConvNorm, ...]:
-        """The convolutions outside the blocks with the BatchNorms that follow them."""
         return self._stem(), self._head()
 
     def _head(self) -> ConvNorm:

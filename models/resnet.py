@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from effkernels.modules import SqueezeExcite, arguments
 from effkernels.modules.fused import ConvNorm, conv_norm_act
 from effkernels.modules.mbconv import NO_ACTIVATION
+from effkernels.modules.plan import Planned
 
 from .common import DataConfig, Feature, class_count, last_of_each_resolution
 from .scaling import scale_channels
@@ -67,8 +68,13 @@ class Downsample(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, K, H', W']."""
+        (stage,) = self.conv_norms()
+        return conv_norm_act(input, stage)
+
+    def conv_norms(self) -> tuple[ConvNorm, ...]:
+        """The convolution with the BatchNorm that follows it."""
         conv = cast(nn.Conv2d, self[0])  # or what a user put in its place
-        return conv_norm_act(input, ConvNorm(conv, self[1], NO_ACTIVATION))
+        return (ConvNorm(conv, self[1], NO_ACTIVATION),)
 
 
 class BasicBlock(nn.Module):
@@ -97,9 +103,16 @@ class BasicBlock(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, K, H', W'], H' = ceil(H / stride)."""
-        hidden = conv_norm_act(input, ConvNorm(self.conv1, self.bn1, self.act1))
-        last = ConvNorm(self.conv2, self.bn2, self.act2)
+        first, last = self.conv_norms()
+        hidden = conv_norm_act(input, first)
         return _add_shortcut(hidden, last, self.se, self.downsample(input))
+
+    def conv_norms(self) -> tuple[ConvNorm, ...]:
+        """The convolutions with the BatchNorms that follow them."""
+        return (
+            ConvNorm(self.conv1, self.bn1, self.act1),
+            ConvNorm(self.conv2, self.bn2, self.act2),
+        )
 
 
 class Bottleneck(nn.Module):
@@ -132,10 +145,17 @@ class Bottleneck(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, K, H', W'], H' = ceil(H / stride)."""
-        hidden = conv_norm_act(input, ConvNorm(self.conv1, self.bn1, self.act1))
-        hidden = conv_norm_act(hidden, ConvNorm(self.conv2, self.bn2, self.act2))
-        last = ConvNorm(self.conv3, self.bn3, self.act3)
+        first, second, last = self.conv_norms()
+        hidden = conv_norm_act(conv_norm_act(input, first), second)
         return _add_shortcut(hidden, last, self.se, self.downsample(input))
+
+    def conv_norms(self) -> tuple[ConvNorm, ...]:
+        """The convolutions with the BatchNorms that follow them."""
+        return (
+            ConvNorm(self.conv1, self.bn1, self.act1),
+            ConvNorm(self.conv2, self.bn2, self.act2),
+            ConvNorm(self.conv3, self.bn3, self.act3),
+        )
 
 
 def _squeeze_excite(channels: int, ratio: float | None) -> nn.Module:
@@ -175,7 +195,7 @@ VARIANTS = {
 }
 
 
-class _Trunk(nn.Module):
+class _Trunk(Planned):
     """Stem and layers: what the classifier and the feature extractor share."""
 
     layer1: nn.Sequential
@@ -228,9 +248,14 @@ class _Trunk(nn.Module):
             maps.append(Feature(index, channels, reduction))
         self._stage_maps = tuple(maps)
 
+    def conv_norms(self) -> tuple[ConvNorm, ...]:
+        """The convolution outside the blocks with the BatchNorm that follows it."""
+        return (ConvNorm(self.conv1, self.bn1, self.act1),)
+
     def _stages(self, input: Tensor) -> Iterator[Tensor]:
         """What the stem and each of the four layers make of ``input``."""
-        hidden = conv_norm_act(input, ConvNorm(self.conv1, self.bn1, self.act1))
+        (stem,) = self.conv_norms()
+        hidden = conv_norm_act(input, stem)
         yield hidden
         hidden = self.maxpool(hidden)
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
@@ -290,6 +315,10 @@ class ResNet(_Trunk):
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] -> logits [N, num_classes], or with num_classes=0 features [N, F]."""
+        logits: Tensor = self.planned(self._classify, input)
+        return logits
+
+    def _classify(self, input: Tensor) -> Tensor:
         features = self.forward_features(input)
         if self.training:
             features = F.dropout(features, self.drop_rate)
@@ -324,6 +353,10 @@ class ResNetFeatures(_Trunk):
 
         r = 2, 4, 8, 16, 32, or 1, 2, 4, 8 with the stem for small images.
         """
+        maps: list[Tensor] = self.planned(self._maps, input)
+        return maps
+
+    def _maps(self, input: Tensor) -> list[Tensor]:
         maps = list(self._stages(input))
         return [maps[feature.stage] for feature in self.feature_info]
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from . import arguments
 from .fused import ConvNorm, conv_norm_act
+from .plan import Planned
 
 __all__ = ["ConvNormAct"]
 
@@ -24,7 +25,7 @@ def same_or_own_padding(
     return None, kernel_size // 2
 
 
-class ConvNormAct(nn.Module):
+class ConvNormAct(Planned):
     """activation(BatchNorm(convolution) + residual), with timm's child names ``conv``, ``bn1``.
 
     In evaluation one op with the BatchNorm folded; in training a convolution and one op for
@@ -91,4 +92,14 @@ class ConvNormAct(nn.Module):
         Returns:
             [N, K, H', W'].
         """
-        return conv_norm_act(input, ConvNorm(self.conv, self.bn1, self.act1, self._same), residual)
+        if residual is not None:
+            return conv_norm_act(input, *self.conv_norms(), residual)
+        output: Tensor = self.planned(self._without_residual, input)
+        return output
+
+    def _without_residual(self, input: Tensor) -> Tensor:
+        return conv_norm_act(input, *self.conv_norms())
+
+    def conv_norms(self) -> tuple[ConvNorm]:
+        """The convolution with the BatchNorm that follows it."""
+        return (ConvNorm(self.conv, self.bn1, self.act1, self._same),)

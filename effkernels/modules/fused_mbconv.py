@@ -10,12 +10,13 @@ from . import arguments
 from .conv_norm_act import same_or_own_padding
 from .fused import ConvNorm, conv_norm_act
 from .mbconv import NO_ACTIVATION, drop_path
+from .plan import Planned
 from .squeeze_excite import SqueezeExcite
 
 __all__ = ["FusedMBConv"]
 
 
-class FusedMBConv(nn.Module):
+class FusedMBConv(Planned):
     """MBConv with expansion and depthwise convolution in one dense k×k (Tan & Le, 2021).
 
     conv k×k → BatchNorm → act → [SE] → project 1×1 → BatchNorm, plus the input where stride is 1
@@ -103,12 +104,24 @@ class FusedMBConv(nn.Module):
             TypeError, ValueError: from the ops, naming the argument.
             BackendUnavailable: if a backend was asked for that cannot run this call.
         """
+        output: Tensor = self.planned(self._block, input)
+        return output
+
+    def conv_norms(self) -> tuple[ConvNorm, ...]:
+        """The convolutions with the BatchNorms that follow them."""
+        if not self.has_expansion:
+            return (ConvNorm(self.conv, self.bn1, self.act1, self._same),)
+        return (
+            ConvNorm(self.conv_exp, self.bn1, self.act1, self._same),
+            ConvNorm(self.conv_pwl, self.bn2, NO_ACTIVATION),
+        )
+
+    def _block(self, input: Tensor) -> Tensor:
         dropping = self.training and self.has_residual and self.drop_path > 0.0
         if not self.has_expansion:
-            output = conv_norm_act(input, ConvNorm(self.conv, self.bn1, self.act1, self._same))
+            output = conv_norm_act(input, *self.conv_norms())
         else:
-            expand = ConvNorm(self.conv_exp, self.bn1, self.act1, self._same)
-            project = ConvNorm(self.conv_pwl, self.bn2, NO_ACTIVATION)
+            expand, project = self.conv_norms()
             hidden = self.se(conv_norm_act(input, expand))
             if self.has_residual and not dropping:
                 return conv_norm_act(hidden, project, residual=input)

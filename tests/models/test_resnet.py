@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 from typing import Any
 
 import pytest
@@ -232,10 +233,12 @@ def test_compiles_exports_and_copies() -> None:
     network.eval()
     with torch.no_grad():
         due = network(image)
+        # The same kernels in other groups round otherwise, and this network multiplies that.
+        close = partial(torch.testing.assert_close, rtol=0.0, atol=1e-3 * float(due.abs().max()))
         compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(image), due)
+        close(compiled(image), due)
         exported = torch.export.export(network, (image,)).module()
-        torch.testing.assert_close(exported(image), due)
+        close(exported(image), due)
         assert torch.equal(copy.deepcopy(network)(image), due)
         assert torch.equal(pickle.loads(pickle.dumps(network))(image), due)
 
