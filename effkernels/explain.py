@@ -262,7 +262,7 @@ def _common(modules: list[str]) -> str:
     if len(modules) <= 1:
         return "".join(modules)
     parts = [name.split(".") for name in modules]
-    return ".".join(os.path.commonprefix(parts)) or modules[0]  # type: ignore[type-var]
+    return ".".join(os.path.commonprefix(parts)) or modules[0]
 
 
 def _short(op: str) -> str:

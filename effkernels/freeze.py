@@ -165,13 +165,14 @@ def _fold(model: nn.Module) -> None:
     names = {module: name for name, module in model.named_modules()}
     uses = _uses(model)
     for conv, norm in _pairs(model):
-        if uses.get(conv) != 1 or uses.get(norm) != 1 or norm.running_mean is None:
+        mean, var = norm.running_mean, norm.running_var
+        if uses.get(conv) != 1 or uses.get(norm) != 1 or mean is None or var is None:
             continue
         weight, bias = fuse_conv_bn_weights(
             conv.weight.double(),
             None if conv.bias is None else conv.bias.double(),
-            norm.running_mean.double(),
-            norm.running_var.double(),
+            mean.double(),
+            var.double(),
             norm.eps,
             None if norm.weight is None else norm.weight.double(),
             None if norm.bias is None else norm.bias.double(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -126,17 +126,18 @@ def _match_gate(
         return nothing
     if readers[depthwise.mean] != 1:
         return nothing
+    assert reduce.source is not None and expand.source is not None
     matrices = native.pack_gate(reduce.source.flatten(1), expand.source.flatten(1))
     weights = (matrices[0], reduce.weights[2], matrices[1], expand.weights[2])
     activations = [*reduce.activations, *expand.activations]
     return depthwise, _Gate(weights, activations, [scaling, reduce, expand])
 
 
-def _is(step: Any, kind: Kind) -> bool:
+def _is(step: Any, kind: Kind) -> TypeGuard[Step]:
     return isinstance(step, Step) and step.kind == kind
 
 
-def _is_dense_on_vectors(step: Any, readers: Counter[Value]) -> bool:
+def _is_dense_on_vectors(step: Any, readers: Counter[Value]) -> TypeGuard[Step]:
     """``step`` is a plain fully connected layer, which only one other step reads."""
     return (
         _is(step, Kind.POINTWISE_CONV)

@@ -74,7 +74,7 @@ def restore(model: Model) -> Model:
     for module in model.modules():
         if isinstance(module, Accelerated):
             module.__dict__.pop("_plans", None)
-            module.__class__ = module.accelerates()
+            module.__class__ = module.accelerates()  # type: ignore[assignment]
     return model
 
 

@@ -119,7 +119,8 @@ class FusedMBConv(Planned):
     def _block(self, input: Tensor) -> Tensor:
         dropping = self.training and self.has_residual and self.drop_path > 0.0
         if not self.has_expansion:
-            output = conv_norm_act(input, *self.conv_norms())
+            (only,) = self.conv_norms()
+            output = conv_norm_act(input, only)
         else:
             expand, project = self.conv_norms()
             hidden = self.se(conv_norm_act(input, expand))
