@@ -100,7 +100,7 @@ class Frozen(nn.Module):
         with torch.no_grad():
             if kept is None or not kept.valid():
                 kept = _Kept(self.model)
-                output, kept.replay = record(self.model, input)
+                output, kept.replay = record(self.model, input, pure=True)
                 if len(self._replays) >= _MOST_REPLAYS:
                     self._replays.clear()
                 any_batch = kept.replay is None or kept.replay.any_batch

@@ -8,6 +8,7 @@ recorded shape and dtype, as long as nothing changes that the forward pass read:
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -62,13 +63,21 @@ class CannotRecord(Exception):
     """The forward pass does something that a replay would not repeat."""
 
 
-def record(function: Callable[[Tensor], Any], input: Tensor) -> tuple[Any, Replay | None]:
+def record(
+    function: Callable[[Tensor], Any], input: Tensor, pure: bool = False
+) -> tuple[Any, Replay | None]:
     """``function(input)`` and how to repeat it; None where a replay might differ.
 
     Args:
         function: of one tensor; its result may be a tensor, or a list, tuple or dict of them.
         input: [N, ...], in plain inference (no gradients, no autocast).
+        pure: ``function`` may be called more often than once. It is then recorded on the first
+            image alone if that is enough, which takes a batch's share of the memory and time.
     """
+    if pure and input.dim() == 4 and input.shape[0] > 1:
+        _, replay = record(function, input[:1])
+        if replay is not None and replay.any_batch:
+            return replay(input), replay
     recorder = Recorder(input)
     with recorder:
         output = function(input)
@@ -93,9 +102,12 @@ class _Notes:
         self._modules = dict(names or {})
         self.input = Value(tuple(input.shape), input.dtype)
         self._values: dict[int, Value] = {id(input): self.input}
-        self._kept = [input]  # ids are only good while their tensors live
         self._names = {input.untyped_storage()._cdata: {id(input)}}  # tensors of a storage
         self._made: set[int] = set()  # ids of tensors that the forward pass made of constants
+        # Ids are good while their tensors live. None is kept alive for that: it would take as much
+        # memory as training does.
+        self._living: dict[int, weakref.ref[Tensor]] = {}
+        self._watch(input)
         self._reason: str | None = None
 
     def __torch_dispatch__(
@@ -150,7 +162,8 @@ class _Notes:
             for tensor in made:  # views are somebody else's memory
                 if tensor.untyped_storage()._cdata not in storages:
                     self._made.add(id(tensor))
-            self._kept += made
+            for tensor in made:
+                self._watch(tensor)
             return
         if not func._schema.is_mutable and any(result is tensor for tensor in tensors):
             return  # to() of a tensor that is there already
@@ -301,8 +314,27 @@ class _Notes:
         self._name(tensor, value)
         return value
 
+    def _watch(self, tensor: Tensor) -> None:
+        """Forget ``tensor`` when it dies."""
+        key, storage = id(tensor), tensor.untyped_storage()._cdata
+
+        def forget(reference: weakref.ref[Tensor]) -> None:
+            if self._living.get(key) is not reference:
+                return
+            del self._living[key]
+            self._values.pop(key, None)
+            self._modules.pop(key, None)
+            self._made.discard(key)
+            names = self._names.get(storage, set())
+            names.discard(key)
+            if not names:
+                self._names.pop(storage, None)
+
+        if key not in self._living:
+            self._living[key] = weakref.ref(tensor, forget)
+
     def _name(self, tensor: Tensor, value: Value) -> None:
-        self._kept.append(tensor)
+        self._watch(tensor)
         self._names.setdefault(tensor.untyped_storage()._cdata, set()).add(id(tensor))
         self._values[id(tensor)] = value
 

@@ -187,7 +187,8 @@ class Planned(nn.Module):
         if plan.watched():
             output = body(input)
         else:
-            output, plan.run = record(body, input)
+            pure = not any(module.training for module in self.modules())
+            output, plan.run = record(body, input, pure)
         if len(plans) >= _MOST_PLANS:
             plans.clear()
         plans[key if plan.run is None or plan.run.any_batch else exact] = plan
