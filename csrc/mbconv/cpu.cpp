@@ -181,20 +181,25 @@ void hidden_rows(const MBConvArgs& args, const float* image, float* hidden, floa
   });
 }
 
+// Below this many weights another thread takes longer to wake than to help.
+constexpr int64_t kWorthThreads = 32768;
+
 // Packed weights times the gate of their input channels.
 void gate_panels(const float* packed, const float* gate, int64_t depth, int64_t channels,
                  float* out, const Parallel& parallel) {
-  parallel_for(parallel, ceil_div(channels, kPanel), [&](int64_t begin, int64_t end) {
-    for (int64_t panel = begin; panel < end; panel++) {
-      for (int64_t c = 0; c < depth; c++) {
-        const Vec factor = Vec::set1(gate[c]);
-        const int64_t at = (panel * depth + c) * kPanel;
-        for (int64_t k = at; k < at + kPanel; k += Vec::size) {
-          (Vec::load(packed + k) * factor).store(out + k);
-        }
-      }
-    }
-  });
+  const Parallel alone{1, nullptr};
+  parallel_for(depth * channels < kWorthThreads ? alone : parallel, ceil_div(channels, kPanel),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t panel = begin; panel < end; panel++) {
+                   for (int64_t c = 0; c < depth; c++) {
+                     const Vec factor = Vec::set1(gate[c]);
+                     const int64_t at = (panel * depth + c) * kPanel;
+                     for (int64_t k = at; k < at + kPanel; k += Vec::size) {
+                       (Vec::load(packed + k) * factor).store(out + k);
+                     }
+                   }
+                 }
+               });
 }
 
 template <class T>
