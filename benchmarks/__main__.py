@@ -1,0 +1,249 @@
+"""``python -m benchmarks kernels | models | peers | roofline | report | shapes``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from . import inference, kernels, report, shapes, targets
+from .machine import header
+from .networks import Network
+from .providers import OWN, PROVIDERS
+from .records import Case, Results, load
+
+TARGETS = Path(__file__).parent / "targets"
+DTYPES = ("float32", "bfloat16")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a suite; 0, 1 if a case failed or a target was missed, 2 for bad input."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        return parsed.run(parsed)
+    except (ValueError, OSError) as error:
+        print(f"benchmarks: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _networks(parsed: argparse.Namespace) -> int:
+    """The suites ``models`` and ``peers``."""
+    wanted = []
+    if parsed.suite == targets.SUITE:
+        wanted = targets.read_targets(parsed.targets or TARGETS / f"{parsed.device}.csv")
+    if parsed.models:
+        cases = [
+            Case(parsed.suite, network.label, dtype, batch, threads, parsed.device)
+            for network in parsed.models
+            for dtype in parsed.dtype
+            for batch in parsed.batch or [1]
+            for threads in parsed.threads or [1]
+        ]
+    elif parsed.batch or parsed.threads:
+        raise ValueError("--batch and --threads go with --models")
+    else:
+        cases = list(dict.fromkeys(case for target in wanted for case in target.cases()))
+    results = _results(parsed)
+    failures = inference.run(cases, parsed.providers, results, parsed.budget_s, parsed.rounds)
+    print(f"\n{report.describe(results.header)}\n\n{report.network_tables(results, cases)}")
+    if parsed.plot:
+        from . import plots
+
+        plots.speed(results, cases, parsed.plot)
+    if not parsed.check:
+        return 1 if failures else 0
+    measured = [target for target in wanted if set(target.cases()) <= set(cases)]
+    if not measured:
+        raise ValueError("--check: no target is set for these models, batches and threads")
+    table, met = targets.check(results, measured)
+    print(f"\n{table}")
+    return 0 if met and not failures else 1
+
+
+def _layers(parsed: argparse.Namespace) -> int:
+    """The suites ``kernels`` and ``roofline``."""
+    view: Callable = shapes.unfused if parsed.unfused else shapes.fused
+    if parsed.suite == "kernels":
+        view = list
+    # Everything is read before anything is measured.
+    networks = [(Path(name).stem, view(shapes.read_layers(name))) for name in parsed.models]
+    if parsed.ops:
+        networks = [(n, [la for la in layers if la.op in parsed.ops]) for n, layers in networks]
+    networks = [(name, layers) for name, layers in networks if layers]
+    if not networks:
+        raise ValueError(f"no layer of {', '.join(parsed.models)} is a {' or '.join(parsed.ops)}")
+    results = _results(parsed)
+    measured = []
+    for name, layers in networks:
+        for batch in parsed.batch or [1]:
+            for threads in parsed.threads or [1]:
+                cases = kernels.run(
+                    parsed.suite,
+                    name,
+                    layers,
+                    batch,
+                    threads,
+                    parsed.providers,
+                    results,
+                    parsed.rounds,
+                )
+                measured.append((layers, cases))
+    print(f"\n{report.describe(results.header)}")
+    for layers, cases in measured:
+        print(f"\nbatch {cases[0].batch}, threads {cases[0].threads}")
+        if parsed.suite == "kernels":
+            print(report.kernel_table(results, cases))
+        else:
+            print(report.roofline_table(results, layers, cases))
+    if parsed.plot:
+        from . import plots
+
+        for index, (_, cases) in enumerate(measured):
+            numbered = f"{parsed.plot.stem}-{index}{parsed.plot.suffix}"
+            path = parsed.plot if len(measured) == 1 else parsed.plot.with_name(numbered)
+            plots.roofline(results, cases, path)
+    return 0
+
+
+def _report(parsed: argparse.Namespace) -> int:
+    results = Results({})
+    results.header, results.records = load(parsed.results)
+    section = report.markdown(results)
+    if parsed.readme is None:
+        print(section)
+    else:
+        report.update_readme(parsed.readme, section)
+    return 0
+
+
+def _shapes(parsed: argparse.Namespace) -> int:
+    shapes.write_all()
+    return 0
+
+
+def _results(parsed: argparse.Namespace) -> Results:
+    return Results(header(), parsed.json, parsed.fresh)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="Measure effkernels and its rivals."
+    )
+    commands = parser.add_subparsers(required=True, metavar="SUITE")
+    for suite, own, text in (
+        ("models", ("eager", "eager channels_last", *OWN), "networks, by PyTorch and effkernels"),
+        ("peers", tuple(PROVIDERS), "networks, by every runtime; without --models all targets"),
+    ):
+        command = _suite(commands, suite, text, list(PROVIDERS), own)
+        command.add_argument(
+            "--models",
+            type=_list(Network.parse),
+            required=suite == "models",
+            metavar="NAME[@PIXELS],...",
+            help="networks, at their own resolution or another",
+        )
+        command.add_argument(
+            "--budget-s",
+            type=float,
+            default=20.0,
+            metavar="S",
+            help="seconds that the timing of a case may take (default: %(default)s)",
+        )
+        if suite == "models":
+            command.add_argument("--dtype", type=_list(_one_of(DTYPES)), default=["float32"])
+            command.set_defaults(check=False)
+        else:
+            command.add_argument("--check", action="store_true", help="fail if a target is missed")
+            command.add_argument(
+                "--targets", type=Path, metavar="FILE.csv", help="other than targets/DEVICE.csv"
+            )
+            command.set_defaults(dtype=["float32"])
+        command.set_defaults(run=_networks)
+    for suite, text, default in (
+        ("kernels", "single layers, against eager", list(shapes.NETWORKS)),
+        (
+            "roofline",
+            "where a network's time goes, and what the machine can do",
+            [shapes.NETWORKS[0]],
+        ),
+    ):
+        names = list(kernels.PROVIDERS)
+        command = _suite(commands, suite, text, names, names[suite == "roofline" :])
+        command.add_argument(
+            "--models",
+            type=_list(str),
+            default=default,
+            metavar="NAME|FILE.csv,...",
+            help="networks in benchmarks/shapes, or files like those",
+        )
+        command.add_argument("--ops", type=_list(_one_of(shapes.OPS)), default=[])
+        if suite == "roofline":
+            command.add_argument(
+                "--unfused", action="store_true", help="blocks layer by layer, not as one op"
+            )
+        command.set_defaults(run=_layers, unfused=False)
+    command = commands.add_parser("report", help="the README's table from a results file")
+    command.add_argument("results", type=Path, metavar="RESULTS.json")
+    command.add_argument("--readme", type=Path, help="write it there, between the markers")
+    command.set_defaults(run=_report)
+    command = commands.add_parser("shapes", help="write benchmarks/shapes from the networks")
+    command.set_defaults(run=_shapes)
+    return parser
+
+
+def _suite(
+    commands: argparse._SubParsersAction,
+    suite: str,
+    text: str,
+    providers: Sequence[str],
+    default: Sequence[str],
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(suite, help=text, description=text)
+    command.set_defaults(suite=suite)
+    command.add_argument("--device", choices=["cpu"], default="cpu")
+    command.add_argument("--batch", type=_list(_positive), metavar="N,...", help="default: 1")
+    command.add_argument("--threads", type=_list(_positive), metavar="N,...", help="default: 1")
+    command.add_argument(
+        "--providers",
+        type=_list(_one_of(providers)),
+        default=list(default),
+        metavar="NAME,...",
+        help=f"of {', '.join(providers)}",
+    )
+    command.add_argument("--rounds", type=_positive, metavar="N", help="passes over all providers")
+    command.add_argument(
+        "--json", type=Path, metavar="FILE", help="write records; a file that is there is continued"
+    )
+    command.add_argument("--fresh", action="store_true", help="start FILE over")
+    command.add_argument("--plot", type=Path, metavar="FILE.png")
+    return command
+
+
+def _list(item: Callable) -> Callable[[str], list]:
+    def parse(text: str) -> list:
+        try:
+            return list(dict.fromkeys(item(part.strip()) for part in text.split(",")))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is given, a positive integer is accepted")
+    return int(text)
+
+
+def _one_of(accepted: Sequence[str]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in accepted:
+            raise ValueError(f"{text!r} is given, of {', '.join(accepted)} is accepted")
+        return text
+
+    return parse
+
+
+if __name__ == "__main__":
+    sys.exit(main())

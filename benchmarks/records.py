@@ -1,0 +1,129 @@
+"""Results as JSON: a header and one record per provider and case, written after every case."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+CONTROL_RANGE = 0.05
+NOT_COMPARED = ("date", "rates")  # of the header, when a file is continued
+
+
+class Case(NamedTuple):
+    """What is run, by whichever provider."""
+
+    suite: str
+    case: str
+    dtype: str
+    batch: int
+    threads: int
+    device: str = "cpu"
+
+    def __str__(self) -> str:
+        plural = "s" if self.threads > 1 else ""
+        return f"{self.case}, {self.dtype}, batch {self.batch}, {self.threads} thread{plural}"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One provider's time for one case; a provider that was not timed has a ``note`` instead."""
+
+    suite: str
+    case: str
+    provider: str
+    device: str
+    dtype: str
+    threads: int
+    batch: int
+    ms_median: float | None
+    ms_p20: float | None
+    ms_p80: float | None
+    images_per_s: float | None
+    bytes: int  # input, output and weights: what has to move at least
+    flops: int  # two per multiply-add
+    floor_ms: float  # at this machine's own sgemm and copy rates
+    rel_err: float | None  # of the output's norm, against float64
+    control_of: str = ""  # the provider that this one is once more
+    note: str = ""
+
+    @property
+    def key(self) -> Case:
+        return Case(self.suite, self.case, self.dtype, self.batch, self.threads, self.device)
+
+
+class Results:
+    """Records by case, in memory and, given a path, in a file.
+
+    Args:
+        header: versions and hardware.
+        path: None, or a JSON file. One that is there is continued.
+        fresh: start over instead.
+
+    Raises:
+        ValueError: if the file is no results file, or was measured with other versions or on
+            another machine.
+    """
+
+    def __init__(self, header: dict[str, Any], path: Path | None = None, fresh: bool = False):
+        self.header = header
+        self.path = path
+        self.records: list[Record] = []
+        if path is not None and path.exists() and not fresh:
+            old, self.records = load(path)
+            for key in header.keys() - set(NOT_COMPARED):
+                if old.get(key) != header[key]:
+                    raise ValueError(
+                        f"{path} was measured with another {key} ({old.get(key)}, "
+                        f"now {header[key]}): --fresh starts over"
+                    )
+            self.header = old
+
+    def add(self, records: Iterable[Record]) -> None:
+        """Put in ``records``, in place of older ones of the same case and provider."""
+        new = {(record.key, record.provider): record for record in records}
+        kept = [record for record in self.records if (record.key, record.provider) not in new]
+        self.records = kept + list(new.values())
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            partial = self.path.with_name(self.path.name + ".part")
+            content = {"header": self.header, "records": [asdict(r) for r in self.records]}
+            partial.write_text(json.dumps(content, indent=1) + "\n")
+            os.replace(partial, self.path)
+
+    def of(self, case: Case) -> dict[str, Record]:
+        """The case's records by provider."""
+        return {record.provider: record for record in self.records if record.key == case}
+
+    def has(self, case: Case, providers: Iterable[str]) -> bool:
+        """Whether all ``providers`` were measured, by a control within its range."""
+        found = self.of(case)
+        ratio = control_ratio(found)
+        fair = ratio is None or abs(ratio - 1) <= CONTROL_RANGE
+        return fair and set(providers) <= found.keys()
+
+
+def load(path: Path) -> tuple[dict[str, Any], list[Record]]:
+    """Header and records of a results file.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is no results file.
+    """
+    try:
+        content = json.loads(path.read_text())
+        return content["header"], [Record(**record) for record in content["records"]]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no results file: {error!r}") from None
+
+
+def control_ratio(records: dict[str, Record]) -> float | None:
+    """The control's time over that of the provider that it repeats; 1 if timing is fair."""
+    for record in records.values():
+        same = records.get(record.control_of)
+        if same is not None and same.ms_median and record.ms_median:
+            return record.ms_median / same.ms_median
+    return None
