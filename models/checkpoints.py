@@ -38,8 +38,9 @@ def load_checkpoint(
     """Copy a checkpoint into ``model``; on any error ``model`` is as before.
 
     Keys of this library and timm, torchvision, ``efficientnet_pytorch`` and
-    ``efficientnet_lite_pytorch`` are recognised. BatchNorm's eps is no part of a checkpoint: give
-    it to ``create_model`` where the source's differs. A model without a head (``num_classes=0``,
+    ``efficientnet_lite_pytorch`` are recognised. BatchNorm's eps and the padding are no
+    part of a checkpoint: give them to ``create_model`` where the source's differ
+    (``efficientnet_pytorch`` pads ``"same"``). A model without a head (``num_classes=0``,
     ``features_only=True``) leaves a checkpoint's head unread.
 
     Args:
