@@ -1,0 +1,456 @@
+"""Networks of other libraries, accelerated and frozen: outputs, gradients, and what runs."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import efficientnet_lite_pytorch
+import efficientnet_pytorch
+import pytest
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import effkernels as ek
+from effkernels.program import Call, Program, Replay
+from effkernels.record import record
+from effkernels.testing import assert_close_to
+from tests.networks import make_realistic, settle
+
+pytestmark = pytest.mark.skipif(
+    not ek.backends()["native"].available, reason="forward passes are recorded for native kernels"
+)
+
+# Name -> how to make it, inverted residuals that have to be one step each.
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "torchvision efficientnet_b0": (torchvision.models.efficientnet_b0, 16),
+    "torchvision mobilenet_v2": (torchvision.models.mobilenet_v2, 17),
+    "torchvision mobilenet_v3_small": (torchvision.models.mobilenet_v3_small, 11),
+    "torchvision mnasnet0_5": (torchvision.models.mnasnet0_5, 17),
+    "torchvision resnet18": (torchvision.models.resnet18, 0),
+    "timm tf_efficientnet_b0": (lambda: timm.create_model("tf_efficientnet_b0"), 16),
+    "timm tf_efficientnetv2_b0": (lambda: timm.create_model("tf_efficientnetv2_b0"), 16),
+    "timm tf_efficientnet_lite0": (lambda: timm.create_model("tf_efficientnet_lite0"), 16),
+    "timm mobilenetv3_small_050": (lambda: timm.create_model("mobilenetv3_small_050"), 11),
+    "timm mixnet_s": (lambda: timm.create_model("mixnet_s"), 0),
+    "timm fbnetc_100": (lambda: timm.create_model("fbnetc_100"), 20),
+    "timm tinynet_e": (lambda: timm.create_model("tinynet_e"), 10),
+    "efficientnet_pytorch b0": (
+        lambda: efficientnet_pytorch.EfficientNet.from_name("efficientnet-b0"),
+        16,
+    ),
+    "efficientnet_lite_pytorch lite0": (
+        lambda: efficientnet_lite_pytorch.EfficientNet.from_name("efficientnet-lite0"),
+        16,
+    ),
+}
+SMALL = "torchvision mobilenet_v3_small"
+
+
+def settled(name: str, image: Tensor) -> nn.Module:
+    torch.manual_seed(len(name))
+    return settle(NETWORKS[name][0](), image).eval()
+
+
+@pytest.fixture
+def image() -> Tensor:
+    return torch.randn(3, 3, 64, 64)
+
+
+@pytest.fixture
+def small(image: Tensor) -> nn.Module:
+    return settled(SMALL, image)
+
+
+def steps_of(replay: Replay | None) -> Counter[str]:
+    assert replay is not None
+    return Counter(
+        step.function._schema.name if isinstance(step, Call) else step.kind.name.lower()
+        for step in replay.steps
+    )
+
+
+def replay_of(network: nn.Module) -> Replay:
+    (plan,) = network.__dict__["_plans"].values()
+    return plan.run
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_outputs(name: str, image: Tensor) -> None:
+    """Accelerated and frozen: as near to float64 as PyTorch, also for other batches and layouts."""
+    original = settled(name, image)
+    network = ek.accelerate(copy.deepcopy(original))
+    frozen = ek.freeze(original)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in frozen.modules()) or "mixnet" in name
+    odd = torch.randn(2, 3, 71, 57)
+    for x in (image, image[:1], image.to(memory_format=torch.channels_last), odd):
+        with torch.no_grad():
+            exact = copy.deepcopy(original).double()(x.double())
+            theirs = original(x)
+            assert_close_to(exact, network(x), theirs)
+            assert torch.equal(network(x), network(x))
+        assert_close_to(exact, frozen(x), theirs)
+    blocks = NETWORKS[name][1]
+    kept = next(iter(frozen._replays.values())).replay
+    assert steps_of(kept)["mbconv"] >= blocks
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_training(name: str, image: Tensor) -> None:
+    original = settled(name, image).train()
+    network = ek.accelerate(copy.deepcopy(original))
+    exact = copy.deepcopy(original).double()
+    results = []
+    for model, x in ((exact, image.double()), (original, image), (network, image)):
+        torch.manual_seed(7)  # dropout
+        for module in model.modules():
+            if isinstance(module, (nn.Dropout, torchvision.ops.StochasticDepth)):
+                module.p = 0.0
+        output = model(x)
+        output.square().mean().backward()
+        gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        results.append((output.detach(), gradients, torch.cat([b.flatten() for b in stats(model)])))
+    for reference, theirs, ours in zip(*results, strict=True):
+        assert_close_to(reference, ours, theirs)
+
+
+def stats(model: nn.Module) -> list[Tensor]:
+    return [buffer for name, buffer in model.named_buffers() if name.endswith(("_mean", "_var"))]
+
+
+def test_nothing_else_changes(small: nn.Module, image: Tensor) -> None:
+    untouched = copy.deepcopy(small)
+    before = {name: tensor.clone() for name, tensor in small.state_dict().items()}
+    parameters = list(small.parameters())
+    classes = [type(module) for module in small.modules()]
+    small.features[1].requires_grad_(False)
+    assert ek.accelerate(small) is small
+    accelerated = [type(module) for module in small.modules()]
+    assert accelerated != classes
+    assert all(issubclass(new, old) for new, old in zip(accelerated, classes, strict=True))
+    assert all(a is b for a, b in zip(small.parameters(), parameters, strict=True))
+    assert list(small.state_dict()) == list(before)
+    assert all(torch.equal(before[n], t) for n, t in small.state_dict().items())
+    assert not any(p.requires_grad for p in small.features[1].parameters())
+    ek.accelerate(small)
+    assert [type(module) for module in small.modules()] == accelerated
+    with torch.no_grad():
+        due = small(image)
+        for twin in (copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
+            assert type(twin) is type(small) and torch.equal(twin(image), due)
+        ek.restore(small)
+        assert [type(module) for module in small.modules()] == classes
+        assert torch.equal(small(image), untouched(image))
+
+
+def test_an_optimizer_from_before(small: nn.Module, image: Tensor) -> None:
+    for module in small.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    twin = copy.deepcopy(small)
+    optimizers = [torch.optim.SGD(model.parameters(), 1e-3) for model in (small, twin)]
+    ek.accelerate(small)
+    for model, optimizer in zip((small, twin), optimizers, strict=True):
+        model.train()
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(image).square().mean().backward()
+            optimizer.step()
+        model.eval()
+    loaded = copy.deepcopy(twin)
+    loaded.load_state_dict(small.state_dict())
+    with torch.no_grad():
+        ours, theirs = loaded(image), twin(image)
+        assert (ours - theirs).norm() < 1e-3 * theirs.norm()
+        now = small(image)
+        assert (now - ours).norm() < 1e-5 * ours.norm()
+
+
+@pytest.mark.parametrize("prepare", [ek.accelerate, ek.freeze])
+def test_changes_and_hooks_are_seen(prepare: Any, small: nn.Module, image: Tensor) -> None:
+    network = prepare(small)
+    inner = network.model if isinstance(network, ek.Frozen) else network
+    with torch.no_grad():
+        before = network(image)
+        inner.features[0][0].weight.mul_(1.5)
+        after = network(image)
+        assert not torch.allclose(before, after)
+        assert torch.allclose(after, copy.deepcopy(inner)(image), rtol=1e-3, atol=1e-4)
+        seen: list[int] = []
+        handle = inner.features[3].register_forward_hook(lambda *_: seen.append(1))
+        hooked = network(image)
+        assert seen == [1]
+        torch.testing.assert_close(hooked, after, rtol=1e-3, atol=1e-4)
+        handle.remove()
+        network(image)
+        assert seen == [1]
+
+
+def test_frozen_copies_files_and_threads(small: nn.Module, image: Tensor) -> None:
+    state = {name: tensor.clone() for name, tensor in small.state_dict().items()}
+    frozen = ek.freeze(small)
+    assert all(torch.equal(state[n], t) for n, t in small.state_dict().items())
+    due = frozen(image)
+    file = io.BytesIO()
+    torch.save(frozen, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    again = ek.freeze(small)
+    again.load_state_dict(frozen.state_dict())
+    for twin in (loaded, copy.deepcopy(frozen), ek.freeze(frozen), again):
+        assert torch.equal(twin(image), due)
+    results: list[Tensor] = []
+    threads = [threading.Thread(target=lambda: results.append(frozen(image))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 4 and all(torch.equal(result, due) for result in results)
+
+
+def test_frozen_exports_and_compiles(small: nn.Module, image: Tensor) -> None:
+    frozen = ek.freeze(small)
+    due = frozen(image)
+    exported = torch.export.export(frozen, (image,)).module()
+    compiled = torch.compile(frozen, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        for result in (exported(image), compiled(image)):
+            assert (result - due).norm() < 1e-4 * due.norm()
+
+
+def test_frozen_is_for_inference(small: nn.Module, image: Tensor) -> None:
+    with pytest.warns(UserWarning, match="freeze: model is in training mode"):
+        frozen = ek.freeze(small.train())
+    assert small.training and not frozen.training
+    with pytest.raises(RuntimeError, match="cannot train"):
+        frozen.train()
+    with pytest.raises(RuntimeError, match="cannot train"):
+        frozen.requires_grad_()
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    x = image.clone().requires_grad_()
+    frozen(x).sum().backward()  # gradients of the input are to be had
+    assert x.grad is not None and x.grad.abs().sum() > 0
+    with torch.autocast("cpu", torch.bfloat16):
+        assert frozen(image).isfinite().all()
+
+
+@pytest.mark.parametrize("function", [ek.accelerate, ek.freeze])
+def test_bad_models(function: Any) -> None:
+    name = function.__name__
+    with pytest.raises(TypeError, match=f"^{name}: model is str"):
+        function("resnet18")
+    with torch.device("meta"):
+        network = torchvision.models.mobilenet_v3_small()
+    classes = [type(module) for module in network.modules()]
+    with pytest.raises(ValueError, match=rf"^{name}: features.0.0.weight is on the meta device"):
+        function(network)
+    assert [type(module) for module in network.modules()] == classes
+
+
+def test_unknown_models_are_said_once() -> None:
+    class Mine(nn.Sequential):
+        pass
+
+    network = Mine(nn.Linear(2, 2))
+    with pytest.warns(UserWarning, match="nothing in Mine is recognised"):
+        assert ek.accelerate(network) is network
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ek.accelerate(network)
+        ek.accelerate(ek.models.efficientnet_lite0())
+        ek.restore(network)
+
+    class Subclass(torchvision.models.MobileNetV2):
+        def forward(self, x: Tensor) -> Tensor:
+            return -super().forward(x)
+
+    theirs = Subclass().eval()
+    ek.accelerate(theirs)
+    assert type(theirs) is Subclass
+
+
+def test_libraries_are_not_imported() -> None:
+    script = (
+        "import sys, torchvision, effkernels as ek;"
+        "ek.accelerate(torchvision.models.mobilenet_v3_small());"
+        "sys.exit('timm' in sys.modules or 'efficientnet_pytorch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+# ---- What is recorded, on small functions.
+
+
+def conv(channels: int = 8, **options: Any) -> nn.Conv2d:
+    return nn.Conv2d(channels, channels, 3, padding=1, **options).eval()
+
+
+def norm(channels: int = 8) -> nn.BatchNorm2d:
+    module = nn.BatchNorm2d(channels).eval()
+    make_realistic(module)
+    return module
+
+
+@torch.no_grad()
+def check(function: Callable[[Tensor], Any], expected: dict[str, int] | None) -> None:
+    """The replay gives what the function gives, in these steps; None: it cannot be replayed."""
+    x, other = torch.randn(2, 8, 9, 10), torch.randn(2, 8, 9, 10)
+    _, replay = record(function, x)
+    if expected is None:
+        assert replay is None
+        return
+    assert steps_of(replay) == expected
+    assert replay is not None
+    for image in (x, other):
+        due = function(image.clone())
+        results = replay(image)
+        for ours, theirs in zip(leaves(results), leaves(due), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def leaves(result: Any) -> list[Tensor]:
+    return torch.utils._pytree.tree_leaves(result)
+
+
+def test_epilogues() -> None:
+    a, b, n, act = conv(), conv(), norm(), nn.ReLU(inplace=True)
+    check(lambda x: act(n(a(x))), {"conv": 1})
+    check(lambda x: act(n(a(x)) + x), {"conv": 1})
+    check(lambda x: act(x + n(a(x))), {"conv": 1})
+    check(lambda x: n(a(act(a(x)))) + b(x), {"conv": 3})
+    check(lambda x: torch.nn.functional.silu(a(x)).mean((2, 3)), {"conv": 1, "aten::mean": 1})
+    pointwise = nn.Conv2d(8, 24, 1).eval()
+    check(lambda x: pointwise(x).relu().mean((2, 3)), {"pointwise_conv": 1})
+    check(lambda x: a(x) * torch.sigmoid(b(x)), {"conv": 2, "aten::mul": 1})
+
+    def swish(x: Tensor) -> Tensor:
+        hidden = a(x)
+        return hidden * hidden.sigmoid()
+
+    check(swish, {"conv": 1})
+
+
+def test_what_must_not_fuse() -> None:
+    a, n = conv(), norm()
+
+    def read_twice(x: Tensor) -> Tensor:
+        hidden = a(x)
+        return hidden.relu() + hidden
+
+    def added_then_normalised(x: Tensor) -> Tensor:
+        return n(a(x) + x)
+
+    def activated_then_added(x: Tensor) -> Tensor:
+        return a(x).relu() + x
+
+    def wanted(x: Tensor) -> list[Tensor]:
+        hidden = a(x)
+        return [hidden, hidden.relu()]
+
+    check(read_twice, {"conv": 1, "silu": 1, "aten::add": 1})
+    check(added_then_normalised, {"conv": 1, "aten::native_batch_norm": 1})
+    check(activated_then_added, {"conv": 1, "aten::add": 1})
+    check(wanted, {"conv": 1, "silu": 1})
+    check(lambda x: a(x) + torch.ones(8, 9, 10), {"conv": 1, "aten::add": 1})
+    check(lambda x: nn.functional.hardtanh(a(x), -1, 1), {"conv": 1, "aten::hardtanh": 1})
+
+
+def test_padding() -> None:
+    a = nn.Conv2d(8, 8, 3, stride=2).eval()
+    pad = torch.nn.functional.pad
+    check(lambda x: a(pad(x, (0, 1, 0, 1))), {"conv": 1})
+    check(lambda x: a(pad(x, (1, 2, 0, 1))), {"conv": 1})
+    check(lambda x: a(pad(x, (0, 1, 0, 1), value=1.0)), {"aten::constant_pad_nd": 1, "conv": 1})
+    check(lambda x: a(pad(x, (-1, 1, 0, 1))), {"aten::constant_pad_nd": 1, "conv": 1})
+
+
+def test_names_of_a_tensor() -> None:
+    a = conv()
+
+    def changed_behind_a_view(x: Tensor) -> Tensor:
+        hidden = a(x)
+        view = hidden.view(2, 8, 90)
+        hidden.relu_()
+        return view.sum(2)
+
+    check(changed_behind_a_view, None)
+    check(lambda x: a(x.relu_()), None)  # the caller's tensor
+    check(
+        lambda x: a(x).relu_().view(2, 8, 90).sum(2),
+        {"conv": 1, "aten::reshape": 1, "aten::sum": 1},
+    )
+
+
+def test_what_a_replay_would_not_repeat() -> None:
+    a, counter, training = conv(), torch.zeros(1), nn.BatchNorm2d(8)
+    check(lambda x: nn.functional.dropout(a(x), 0.5), None)
+    check(lambda x: a(x) + torch.rand(1), None)
+    check(lambda x: a(x) * float(x.mean()), None)
+    check(lambda x: a(x) + counter.add_(1), None)
+    check(lambda x: training(a(x)), None)
+
+
+def test_outputs_of_every_shape() -> None:
+    a, b = conv(), conv(groups=8)
+    check(lambda x: {"one": a(x), "two": [b(x), a(b(x))]}, {"conv": 2, "depthwise_conv": 2})
+    check(lambda x: a(x).mean((2, 3)).reshape(2, 8, 1, 1), {"conv": 1, "aten::mean": 1})
+    check(lambda x: torch.cat([a(x), b(x)], 1), {"conv": 1, "depthwise_conv": 1, "aten::cat": 1})
+
+
+@torch.no_grad()
+def test_memory_of_a_program_is_shared_but_never_while_needed() -> None:
+    """Random chains with long shortcuts: a value that is overwritten too early would show."""
+    convs = [conv() for _ in range(6)] * 2
+    for _ in range(10):
+        picks = [int(torch.randint(1 + layer, (1,))) for layer in range(len(convs))]
+
+        def tangled(x: Tensor, picks: list[int] = picks) -> Tensor:
+            values = [x]
+            for layer, pick in zip(convs, picks, strict=True):
+                hidden = layer(values[-1])
+                values.append(hidden.relu() if pick % 2 else hidden + values[pick])
+            return values[-1]
+
+        x = torch.randn(1, 8, 6, 6)
+        due, replay = tangled(x), record(tangled, x)[1]
+        assert replay is not None and replay.any_batch
+        torch.testing.assert_close(replay(x), due, rtol=1e-3, atol=1e-3)
+
+
+def test_programs_are_freed_and_check_their_arguments() -> None:
+    x = torch.randn(1, 8, 6, 6)
+    with torch.no_grad():
+        _, replay = record(conv(), x)
+    assert replay is not None
+    (program,) = replay._parts
+    assert isinstance(program, Program)
+    run, handle = torch.ops.effkernels_cpu.program_run, program._handle
+    output = torch.empty(1, 8, 6, 6)
+    with pytest.raises(RuntimeError, match="another number of tensors"):
+        run(handle, [x])
+    with pytest.raises(RuntimeError, match="accepted"):
+        run(handle, [x, output[:, :, :5]])
+    with pytest.raises(RuntimeError, match="another dtype"):
+        run(handle, [x, output.bfloat16()])
+    create = torch.ops.effkernels_cpu.program_create
+    with pytest.raises(RuntimeError, match="incomplete"):
+        create([1, 1, 1], [], [], False)
+    with pytest.raises(RuntimeError, match="no value"):
+        create([1, 1, 8, -1], [5, 0, -1, 7, -1] + [0] * 26, [], False)
+    with pytest.raises(RuntimeError, match="unknown step"):
+        create([1, 1, 8, -1], [99, 0, -1, 0, -1] + [0] * 26, [], False)
+    with pytest.raises(RuntimeError, match="no weight"):
+        create([1, 1, 8, -1], [1, 0, -1, 0, -1] + [0] * 13 + [5] * 13, [], False)
+    del program, replay
+    with pytest.raises(RuntimeError, match="no program"):
+        run(handle, [x, output])
