@@ -1,4 +1,4 @@
-"""The ``effkernels`` command: ``info`` and ``classify``."""
+"""The ``effkernels`` command: ``info``, ``summary``, ``explain`` and ``classify``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = ["main"]
 
@@ -37,6 +41,22 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true", help="print as JSON")
     info.set_defaults(run=_info)
 
+    model_help = "one of effkernels.models.list_models(), torchvision:NAME or timm:NAME"
+    summary = commands.add_parser("summary", help="a network's layers, parameters, memory")
+    summary.add_argument("model", metavar="MODEL", help=model_help)
+    summary.add_argument("--num-classes", type=int, metavar="N", help="outputs (default: 1000)")
+    summary.set_defaults(run=_summary)
+
+    explain = commands.add_parser("explain", help="what runs in a network, and why")
+    explain.add_argument("model", metavar="MODEL", help=model_help)
+    explain.add_argument("--profile", action="store_true", help="measure every row's time")
+    explain.set_defaults(run=_explain)
+    for command in (summary, explain):
+        command.add_argument(
+            "--input", metavar="CxHxW", help="an image's shape (default: the model's own)"
+        )
+        command.add_argument("--json", action="store_true", help="print as JSON")
+
     classify = commands.add_parser("classify", help="name what photographs show")
     classify.add_argument("photos", nargs="+", metavar="PHOTO", help="image file")
     classify.add_argument(
@@ -60,6 +80,57 @@ def _info(parsed: argparse.Namespace) -> None:
 
     info = collect()
     print(json.dumps(info, indent=2) if parsed.json else render(info))
+
+
+def _summary(parsed: argparse.Namespace) -> None:
+    import torch
+
+    from .models import summary
+
+    options = {} if parsed.num_classes is None else {"num_classes": parsed.num_classes}
+    with torch.device("meta"):
+        model = _model(parsed.model, options)
+    result = summary(model, _input_shape(parsed.input, model))
+    print(json.dumps(result.to_dict(), indent=2) if parsed.json else result)
+
+
+def _explain(parsed: argparse.Namespace) -> None:
+    import torch
+
+    from . import accelerate, explain
+
+    model = accelerate(_model(parsed.model, {}).eval())
+    image = torch.randn(1, *_input_shape(parsed.input, model))
+    report = explain(model, image, profile=parsed.profile)
+    print(json.dumps(report.to_dict(), indent=2) if parsed.json else report)
+
+
+def _model(name: str, options: dict[str, Any]) -> nn.Module:
+    """The network called ``name``, perhaps of another library."""
+    library, _, rest = name.rpartition(":")
+    if not library:
+        from .models import create_model
+
+        return create_model(name, **options)
+    if library == "torchvision":
+        from torchvision.models import get_model
+
+        return get_model(rest, weights=None, **options)
+    if library == "timm":
+        import timm
+
+        return timm.create_model(rest, **options)
+    raise ValueError(f"MODEL: library {library!r} is not known, torchvision and timm are accepted")
+
+
+def _input_shape(text: str | None, model: nn.Module) -> tuple[int, ...]:
+    if text is None:
+        size = getattr(getattr(model, "data_config", None), "resolution", 224)
+        return 3, size, size
+    sizes = text.lower().split("x")
+    if len(sizes) != 3 or not all(size.isdigit() and int(size) > 0 for size in sizes):
+        raise ValueError(f"--input: {text!r} is no image shape, CxHxW as in 3x224x224 is accepted")
+    return tuple(map(int, sizes))
 
 
 def _classify(parsed: argparse.Namespace) -> None:

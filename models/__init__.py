@@ -7,6 +7,7 @@ from .common import DataConfig, Feature
 from .efficientnet import EfficientNet, EfficientNetFeatures
 from .registry import create_model, list_models
 from .resnet import ResNet, ResNetFeatures
+from .summary import Summary, summary
 
 efficientnet_b0 = partial(create_model, "efficientnet_b0")
 efficientnet_b1 = partial(create_model, "efficientnet_b1")
@@ -38,10 +39,12 @@ __all__ = [
     "LoadResult",
     "ResNet",
     "ResNetFeatures",
+    "Summary",
     "convert_state_dict",
     "create_model",
     "list_models",
     "load_checkpoint",
+    "summary",
     *(f"efficientnet_b{index}" for index in range(8)),
     *(f"efficientnet_lite{index}" for index in range(5)),
     *(f"efficientnet_v2_{size}" for size in "sml"),
