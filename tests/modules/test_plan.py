@@ -79,6 +79,8 @@ CHANGES = {
     "block replaced": lambda n: n.blocks[3].__setitem__(1, nn.Identity()),
     "block appended": lambda n: n.blocks[6].append(make_realistic(ek.MBConv(320, 320)).eval()),
     "stem stride": lambda n: setattr(n.conv_stem, "stride", (1, 1)),
+    "padding mode": lambda n: setattr(n.blocks[1][0].conv_dw, "padding_mode", "circular"),
+    "residual": lambda n: setattr(n.blocks[1][1], "has_residual", False),
     "classifier": lambda n: setattr(n, "classifier", nn.Linear(1280, 3)),
     "norm in training": lambda n: n.blocks[2][0].bn1.train(),
     "data": lambda n: setattr(n.conv_head.weight, "data", n.conv_head.weight.data * 2),
