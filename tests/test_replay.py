@@ -365,6 +365,45 @@ def test_what_must_not_fuse() -> None:
     check(lambda x: nn.functional.hardtanh(a(x), -1, 1), {"conv": 1, "aten::hardtanh": 1})
 
 
+def test_inverted_residuals() -> None:
+    """As one step, but with one activation in front of the projection only."""
+    expand, widen = nn.Conv2d(8, 32, 1).eval(), conv(32, groups=32)
+    project, other = nn.Conv2d(32, 8, 1).eval(), nn.Conv2d(8, 32, 1).eval()
+    silu, relu = nn.functional.silu, nn.functional.relu
+    check(lambda x: project(silu(widen(silu(expand(x))))) + x, {"mbconv": 1})
+    check(
+        lambda x: relu(project(relu(widen(x.repeat(1, 4, 1, 1))))), {"aten::repeat": 1, "mbconv": 1}
+    )
+    separate = {"pointwise_conv": 1, "mbconv": 1}  # depthwise and projection are still one
+    check(lambda x: project(silu(widen(relu(expand(x))))), separate)
+
+    def expanded_is_read_twice(x: Tensor) -> Tensor:
+        hidden = silu(expand(x))
+        return torch.cat([project(silu(widen(hidden))), hidden], 1)
+
+    def hidden_is_read_twice(x: Tensor) -> Tensor:
+        hidden = silu(widen(silu(expand(x))))
+        return torch.cat([project(hidden), hidden], 1)
+
+    check(expanded_is_read_twice, {**separate, "aten::cat": 1})
+    check(hidden_is_read_twice, {"pointwise_conv": 2, "depthwise_conv": 1, "aten::cat": 1})
+
+    def gated(x: Tensor, gate_of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        hidden = silu(widen(silu(expand(x))))
+        return project(hidden * gate_of(x, hidden.mean((2, 3), keepdim=True)))
+
+    reduce = nn.Conv2d(32, 8, 1).eval()
+    check(lambda x: gated(x, lambda _, m: other(silu(reduce(m))).sigmoid()), {"mbconv": 1})
+    check(
+        lambda x: gated(x, lambda x, _: other(silu(x.mean((2, 3), keepdim=True))).sigmoid()),
+        {"aten::mean": 1, "silu": 1, "pointwise_conv": 3, "depthwise_conv": 1, "aten::mul": 1},
+    )
+    check(
+        lambda x: gated(x, lambda _, m: other(silu(reduce(m)) + reduce(m)).sigmoid()),
+        {"pointwise_conv": 5, "depthwise_conv": 1, "aten::mul": 1},
+    )
+
+
 def test_padding() -> None:
     a = nn.Conv2d(8, 8, 3, stride=2).eval()
     pad = torch.nn.functional.pad
