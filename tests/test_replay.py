@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import efficientnet_lite_pytorch
@@ -277,6 +278,29 @@ def test_unknown_models_are_said_once() -> None:
     theirs = Subclass().eval()
     ek.accelerate(theirs)
     assert type(theirs) is Subclass
+
+
+def test_distributed_wrapper(small: nn.Module, image: Tensor, tmp_path: Path) -> None:
+    ek.accelerate(small)
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(small.train())
+        wrapped(image).square().mean().backward()
+        assert all(parameter.grad is not None for parameter in small.parameters())
+        with torch.no_grad():
+            assert torch.equal(wrapped.eval()(image), small(image))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_quantized_models_are_refused() -> None:
+    layer = torch.ao.nn.quantized.Conv2d(3, 8, 1)
+    network = nn.Sequential(layer, torchvision.models.mobilenetv2.InvertedResidual(8, 8, 1, 2))
+    for function in (ek.accelerate, ek.freeze):
+        with pytest.raises(ValueError, match="is quantized"):
+            function(network)
+    assert type(network[1]) is torchvision.models.mobilenetv2.InvertedResidual
 
 
 def test_libraries_are_not_imported() -> None:
