@@ -36,7 +36,8 @@ def freeze(model: nn.Module) -> Frozen:
     single kernels, one native call for as much of the network as these make up. Any PyTorch model
     may be frozen; what the kernels do not know runs as PyTorch's ops. A forward pass that depends
     on more than its input and its parameters (a random number, a counter) is left as it is; one
-    that depends on a Python attribute keeps the value that it had when the size was first seen.
+    that depends on a Python attribute, or asks for the batch size, keeps doing what it did when the
+    image size was first seen.
 
     Args:
         model: left unchanged. In training mode, the copy is put into evaluation and a warning says
