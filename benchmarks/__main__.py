@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from . import inference, kernels, report, shapes, targets
+from . import inference, kernels, limits, report, shapes, targets
 from .machine import header
 from .networks import Network
 from .providers import OWN, PROVIDERS
@@ -29,9 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _networks(parsed: argparse.Namespace) -> int:
     """The suites ``models`` and ``peers``."""
-    wanted = []
+    wanted, bounded = [], []
     if parsed.suite == targets.SUITE:
         wanted = targets.read_targets(parsed.targets or TARGETS / f"{parsed.device}.csv")
+        bounded = _limits(parsed)
     if parsed.models:
         cases = [
             Case(parsed.suite, network.label, dtype, batch, threads, parsed.device)
@@ -44,21 +45,43 @@ def _networks(parsed: argparse.Namespace) -> int:
         raise ValueError("--batch and --threads go with --models")
     else:
         cases = list(dict.fromkeys(case for target in wanted for case in target.cases()))
+    measured = [target for target in wanted if set(target.cases()) <= set(cases)]
+    if parsed.check and not measured and not bounded:
+        raise ValueError("--check: no target is set for these models, batches and threads")
     results = _results(parsed)
     failures = inference.run(cases, parsed.providers, results, parsed.budget_s, parsed.rounds)
+    failures += limits.run(bounded, results, parsed.budget_s, parsed.rounds)
     print(f"\n{report.describe(results.header)}\n\n{report.network_tables(results, cases)}")
+    limit_table, met = limits.table(results, bounded)
+    if bounded:
+        print(f"\n{limit_table}")
     if parsed.plot:
         from . import plots
 
         plots.speed(results, cases, parsed.plot)
     if not parsed.check:
         return 1 if failures else 0
-    measured = [target for target in wanted if set(target.cases()) <= set(cases)]
-    if not measured:
-        raise ValueError("--check: no target is set for these models, batches and threads")
-    table, met = targets.check(results, measured)
-    print(f"\n{table}")
+    if measured:
+        target_table, targets_met = targets.check(results, measured)
+        print(f"\n{target_table}")
+        met = met and targets_met
     return 0 if met and not failures else 1
+
+
+def _limits(parsed: argparse.Namespace) -> list[limits.Limit]:
+    """The limits of what is asked for: all, or those of some networks, batches and threads."""
+    found = limits.read_limits(parsed.limits or TARGETS / f"{parsed.device}-limits.csv")
+    if limits.PROVIDER not in parsed.providers:
+        return []
+    if parsed.models:
+        labels = {network.label for network in parsed.models}
+        found = [limit for limit in found if limit.case in labels]
+    return [
+        limit
+        for limit in found
+        if limit.batch in (parsed.batch or [limit.batch])
+        and limit.threads in (parsed.threads or [limit.threads])
+    ]
 
 
 def _layers(parsed: argparse.Namespace) -> int:
@@ -108,8 +131,8 @@ def _layers(parsed: argparse.Namespace) -> int:
 
 def _report(parsed: argparse.Namespace) -> int:
     results = Results({})
-    results.header, results.records = load(parsed.results)
-    section = report.markdown(results)
+    results.header, results.records, results.limits = load(parsed.results)
+    section = report.markdown(results, limits.read_limits(TARGETS / "cpu-limits.csv"))
     if parsed.readme is None:
         print(section)
     else:
@@ -157,6 +180,12 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--check", action="store_true", help="fail if a target is missed")
             command.add_argument(
                 "--targets", type=Path, metavar="FILE.csv", help="other than targets/DEVICE.csv"
+            )
+            command.add_argument(
+                "--limits",
+                type=Path,
+                metavar="FILE.csv",
+                help="other than targets/DEVICE-limits.csv",
             )
             command.set_defaults(dtype=["float32"])
         command.set_defaults(run=_networks)

@@ -170,7 +170,10 @@ def measure(
             else:
                 notes[name] = f"wrong: relative error {errors[name]:.1e}, {allowed:.1e} is allowed"
         with torch.inference_mode():
-            timings, repeated = _time(calls, case, budget_s, rounds) if calls else ({}, "")
+            if calls:
+                timings, repeated = time_calls(calls, str(case), budget_s, rounds)
+            else:
+                timings, repeated = {}, ""
     if repeated:
         errors[CONTROL] = errors[repeated]
     else:
@@ -210,10 +213,10 @@ def make_record(case: Case, provider: str, timing: Timing | None, **fields: Any)
     )
 
 
-def _time(
-    calls: dict[str, Call], case: Case, budget_s: float, rounds: int | None
+def time_calls(
+    calls: dict[str, Call], title: str, budget_s: float, rounds: int | None
 ) -> tuple[dict[str, Timing], str]:
-    """Timings with a control, and the name of what that repeats."""
+    """Timings with a control, and the name of what that repeats; ``rounds`` as for :func:`run`."""
     entered, repeated = with_control(calls)
     seconds = 0.0
     for call in calls.values():
@@ -228,7 +231,7 @@ def _time(
     gc.collect()
     gc.freeze()  # no collection walks through torch's, onnx's and our modules while the clock runs
     steps = rounds * len(entered)
-    with tqdm(total=steps, desc=f"timing {case}", position=1, leave=False, disable=None) as bar:
+    with tqdm(total=steps, desc=f"timing {title}", position=1, leave=False, disable=None) as bar:
         timings = time_fairly(entered, rounds, per_round, on_step=lambda name: bar.update())
     return timings, repeated
 

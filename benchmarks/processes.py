@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
@@ -18,14 +18,27 @@ Result = TypeVar("Result")
 # unless the process has freed one before; eager takes up to 1.5 times as long then. Here all
 # memory is kept, which is what PyTorch does best with.
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str((1 << 63) - 1)}
+# As users have it, whatever their shell says.
+DEFAULT_MALLOC = dict.fromkeys((*MALLOC, "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"))
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 # Each runtime waits and binds threads as it does by default, whatever the user's shell says.
 UNSET = ("OMP_WAIT_POLICY", "OMP_PROC_BIND", "OMP_PLACES", "OMP_DYNAMIC", "GOMP_SPINCOUNT")
 UNSET += ("GOMP_CPU_AFFINITY", "KMP_BLOCKTIME", "KMP_AFFINITY", "LD_PRELOAD")
 
 
-def run_with_threads(threads: int, function: Callable[..., Result], *arguments: Any) -> Result:
+def run_with_threads(
+    threads: int,
+    function: Callable[..., Result],
+    *arguments: Any,
+    malloc: Mapping[str, str | None] = MALLOC,
+) -> Result:
     """``function(*arguments)`` in a process of its own in which all runtimes use ``threads``.
+
+    Args:
+        threads: of every runtime.
+        function: what to run; it, its arguments and its result are pickled.
+        *arguments: of ``function``.
+        malloc: environment variables that set glibc's allocator up; None unsets one.
 
     Raises:
         RuntimeError: if the process dies; whatever ``function`` raises is raised as it is.
@@ -33,7 +46,7 @@ def run_with_threads(threads: int, function: Callable[..., Result], *arguments: 
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(sender, threads, function, arguments))
-    with _environment(threads):
+    with _environment(threads, malloc):
         process.start()
     sender.close()
     try:
@@ -69,9 +82,9 @@ def _child(
 
 
 @contextmanager
-def _environment(threads: int) -> Iterator[None]:
+def _environment(threads: int, malloc: Mapping[str, str | None]) -> Iterator[None]:
     """What a process started inside inherits: malloc reads it before Python runs."""
-    changed = {**MALLOC, **dict.fromkeys(THREADS, str(threads)), **dict.fromkeys(UNSET)}
+    changed = {**malloc, **dict.fromkeys(THREADS, str(threads)), **dict.fromkeys(UNSET)}
     before = {name: os.environ.get(name) for name in changed}
     _set(changed)
     try:

@@ -1,11 +1,11 @@
-"""Results as JSON: a header and one record per provider and case, written after every case."""
+"""Results as JSON: a header and one record per provider and case, or limit, written at once."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,6 +55,41 @@ class Record:
         return Case(self.suite, self.case, self.dtype, self.batch, self.threads, self.device)
 
 
+class LimitKey(NamedTuple):
+    """Which number, of what."""
+
+    limit: str
+    case: str
+    batch: int
+    threads: int
+
+    def __str__(self) -> str:
+        plural = "s" if self.threads > 1 else ""
+        return f"{self.limit}, {self.case}, batch {self.batch}, {self.threads} thread{plural}"
+
+
+@dataclass(frozen=True)
+class LimitRecord:
+    """A number that a limit bounds, and the figures that it was made of."""
+
+    limit: str
+    case: str
+    batch: int
+    threads: int
+    value: float
+    unit: str  # of the figures
+    figures: dict[str, float] = field(default_factory=dict)
+    control: float | None = None  # where times were compared: 1 if that was fair
+
+    @property
+    def key(self) -> LimitKey:
+        return LimitKey(self.limit, self.case, self.batch, self.threads)
+
+    @property
+    def is_fair(self) -> bool:
+        return is_fair(self.control)
+
+
 class Results:
     """Records by case, in memory and, given a path, in a file.
 
@@ -72,8 +107,9 @@ class Results:
         self.header = header
         self.path = path
         self.records: list[Record] = []
+        self.limits: list[LimitRecord] = []
         if path is not None and path.exists() and not fresh:
-            old, self.records = load(path)
+            old, self.records, self.limits = load(path)
             for key in header.keys() - set(NOT_COMPARED):
                 if old.get(key) != header[key]:
                     raise ValueError(
@@ -87,12 +123,12 @@ class Results:
         new = {(record.key, record.provider): record for record in records}
         kept = [record for record in self.records if (record.key, record.provider) not in new]
         self.records = kept + list(new.values())
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.path.with_name(self.path.name + ".part")
-            content = {"header": self.header, "records": [asdict(r) for r in self.records]}
-            partial.write_text(json.dumps(content, indent=1) + "\n")
-            os.replace(partial, self.path)
+        self._write()
+
+    def add_limit(self, record: LimitRecord) -> None:
+        """Put in ``record``, in place of an older one of the same limit."""
+        self.limits = [old for old in self.limits if old.key != record.key] + [record]
+        self._write()
 
     def of(self, case: Case) -> dict[str, Record]:
         """The case's records by provider."""
@@ -101,13 +137,33 @@ class Results:
     def has(self, case: Case, providers: Iterable[str]) -> bool:
         """Whether all ``providers`` were measured, by a control within its range."""
         found = self.of(case)
-        ratio = control_ratio(found)
-        fair = ratio is None or abs(ratio - 1) <= CONTROL_RANGE
-        return fair and set(providers) <= found.keys()
+        return is_fair(control_ratio(found)) and set(providers) <= found.keys()
+
+    def limit(self, key: LimitKey) -> LimitRecord | None:
+        """The limit's record, if it was measured."""
+        return next((record for record in self.limits if record.key == key), None)
+
+    def has_limit(self, key: LimitKey) -> bool:
+        """Whether the limit was measured, by a control within its range."""
+        record = self.limit(key)
+        return record is not None and record.is_fair
+
+    def _write(self) -> None:
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(self.path.name + ".part")
+        content = {
+            "header": self.header,
+            "records": [asdict(record) for record in self.records],
+            "limits": [asdict(record) for record in self.limits],
+        }
+        partial.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(partial, self.path)
 
 
-def load(path: Path) -> tuple[dict[str, Any], list[Record]]:
-    """Header and records of a results file.
+def load(path: Path) -> tuple[dict[str, Any], list[Record], list[LimitRecord]]:
+    """Header, records and limits of a results file; files from before there were limits have none.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -115,9 +171,16 @@ def load(path: Path) -> tuple[dict[str, Any], list[Record]]:
     """
     try:
         content = json.loads(path.read_text())
-        return content["header"], [Record(**record) for record in content["records"]]
+        records = [Record(**record) for record in content["records"]]
+        limits = [LimitRecord(**record) for record in content.get("limits", [])]
+        return content["header"], records, limits
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no results file: {error!r}") from None
+
+
+def is_fair(ratio: float | None) -> bool:
+    """Whether a control, where there is one, came out like what it repeats."""
+    return ratio is None or abs(ratio - 1) <= CONTROL_RANGE
 
 
 def control_ratio(records: dict[str, Record]) -> float | None:

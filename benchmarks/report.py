@@ -9,15 +9,34 @@ from typing import Any
 
 from tabulate import tabulate
 
+from .limits import Limit
+from .limits import table as limit_table
 from .machine import Rates
 from .networks import Network
 from .providers import CONTROL, OWN, PROVIDERS
-from .records import Case, Record, Results, control_ratio
+from .records import CONTROL_RANGE, Case, Record, Results, control_ratio, is_fair
 from .shapes import Layer
-from .targets import FASTEST_RIVAL, baseline_of
+from .targets import FASTEST_RIVAL, baseline_of, fastest_of
 
 README_BEGIN = "<!-- benchmarks: begin, made by `python -m benchmarks report` -->"
 README_END = "<!-- benchmarks: end -->"
+# The README's columns: of several ways to use one runtime, the fastest.
+COLUMNS = {
+    "eager": ("eager", "eager channels_last"),
+    "torch.compile": ("torch.compile", "torch.compile freezing"),
+    "ONNX Runtime": ("ONNX Runtime",),
+    "OpenVINO": ("OpenVINO",),
+    "effkernels accelerate": ("accelerate",),
+    "freeze": ("freeze",),
+}
+OURS = "freeze"
+OFF = "*"
+LIMITS_NOTE = (
+    "Memory: the peak of what is resident above what was before the first call, in a process of "
+    "its own with glibc's malloc as it comes; against the leaner of the two eager layouts. First "
+    "calls: recording and packing included, `ek.freeze` itself beside it; the median of three "
+    "processes."
+)
 NUMBERS = {"numalign": "right", "stralign": "right", "disable_numparse": True}
 
 
@@ -128,31 +147,44 @@ def roofline_table(results: Results, layers: Sequence[Layer], cases: Sequence[Ca
     return tabulate(rows, headers, floatfmt=formats, colalign=["left", *["right"] * 8])
 
 
-def markdown(results: Results) -> str:
-    """The README's section: the machine, and a row per network, batch and threads."""
+def markdown(results: Results, limits: Sequence[Limit] = ()) -> str:
+    """The README's section: the machine, a row per network, batch and threads, and the limits."""
     cases = list(dict.fromkeys(record.key for record in results.records))
-    names = [name for name in PROVIDERS if any(name in results.of(case) for case in cases)]
-    own = next((name for name in reversed(names) if name in OWN), None)
+    found = [results.of(case) for case in cases]
+    columns = {
+        title: names
+        for title, names in COLUMNS.items()
+        if any(name in records for name in names for records in found)
+    }
+    fastest = f"{FASTEST_RIVAL} ÷ {OURS}"
     rows = []
-    for case in cases:
-        found = results.of(case)
+    for case, records in zip(cases, found, strict=True):
         row = [_title(case.case), str(case.batch), str(case.threads)]
-        row += [_milliseconds(found.get(name)) for name in names]
-        rival, ours = baseline_of(found, FASTEST_RIVAL), found.get(own or "")
-        known = rival and ours and rival.ms_median and ours.ms_median
-        row.append(f"{rival.ms_median / ours.ms_median:.2f}" if known else "–")  # type: ignore[union-attr,operator]
-        row.append(_ratio(control_ratio(found)))
-        rows.append(row)
-    headers = ["", "batch", "threads", *names, f"{FASTEST_RIVAL} ÷ {own}", CONTROL]
-    table = tabulate(
-        rows,
-        headers,
-        tablefmt="github",
-        colalign=["left", *["right"] * (len(headers) - 1)],
-        disable_numparse=True,
-    )
+        row += [_milliseconds(fastest_of(records, names)) for names in columns.values()]
+        ratio = _rival_ratio(records, OURS)
+        mark = "" if ratio is None or is_fair(control_ratio(records)) else OFF
+        rows.append([*row, _ratio(ratio) + mark])
+    headers = ["model", "batch", "threads", *columns, fastest]
+    alignment = ["left", *["right"] * (len(headers) - 1)]
+    table = tabulate(rows, headers, tablefmt="github", colalign=alignment, disable_numparse=True)
     machine = describe(results.header).splitlines()
-    return "\n".join(["Median milliseconds. " + ".  \n".join(machine) + ".", "", table])
+    parts = ["Median milliseconds. " + ".  \n".join(machine) + ".", table]
+    notes = [
+        f"{title}: the faster of {' and '.join(names)}."
+        for title, names in columns.items()
+        if len(names) > 1
+    ]
+    if any(row[-1].endswith(OFF) for row in rows):
+        notes.append(
+            f"`{OFF}`: a control, one of the providers entered once more, was off by more than "
+            f"{CONTROL_RANGE * 100:.0f} %: do not rely on the row."
+        )
+    parts += ["  \n".join(notes)] if notes else []
+    measured = [limit for limit in limits if results.limit(limit.key)]
+    if measured:
+        parts.append(limit_table(results, measured, "github")[0])
+        parts.append(LIMITS_NOTE)
+    return "\n\n".join(parts)
 
 
 def update_readme(path: Path, section: str) -> None:
@@ -176,16 +208,20 @@ def _network_rows(found: Sequence[dict[str, Record]]) -> list[list[str]]:
     floors = [next((r.floor_ms for r in records.values()), None) for records in found]
     rows.append(["floor", *("-" if ms is None else f"{ms:.2f}" for ms in floors)])
     for own in (name for name in names if name in OWN):
-        ratios = []
-        for records in found:
-            rival, ours = baseline_of(records, FASTEST_RIVAL), records.get(own)
-            timed = rival and rival.ms_median and ours and ours.ms_median
-            ratios.append(rival.ms_median / ours.ms_median if timed else None)  # type: ignore[union-attr,operator]
+        ratios = [_rival_ratio(records, own) for records in found]
         if any(ratios):
             rows.append([f"{FASTEST_RIVAL} / {own}", *map(_ratio, ratios)])
     repeated = dict.fromkeys(r[CONTROL].control_of for r in found if CONTROL in r)
     rows.append([f"{CONTROL} / {', '.join(repeated)}", *(_ratio(control_ratio(r)) for r in found)])
     return rows
+
+
+def _rival_ratio(records: dict[str, Record], own: str) -> float | None:
+    """How many times as fast as the fastest rival ``own`` is."""
+    rival, ours = baseline_of(records, FASTEST_RIVAL), records.get(own)
+    if rival is None or ours is None or not rival.ms_median or not ours.ms_median:
+        return None
+    return rival.ms_median / ours.ms_median
 
 
 def _notes(cases: Iterable[Case], found: Iterable[dict[str, Record]]) -> list[str]:

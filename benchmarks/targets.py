@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from tabulate import tabulate
 
 from .providers import CONTROL, PROVIDERS, RIVALS
-from .records import CONTROL_RANGE, Case, Record, Results, control_ratio
+from .records import CONTROL_RANGE, Case, Record, Results, control_ratio, is_fair
 from .tables import CellError, read_rows
 
 SUITE = "peers"
@@ -66,7 +67,12 @@ def baseline_of(records: dict[str, Record], name: str) -> Record | None:
     """The record called ``name``; of FASTEST_RIVAL the quickest rival's."""
     if name != FASTEST_RIVAL:
         return records.get(name)
-    timed = [records[rival] for rival in RIVALS if rival in records and records[rival].ms_median]
+    return fastest_of(records, RIVALS)
+
+
+def fastest_of(records: dict[str, Record], names: Iterable[str]) -> Record | None:
+    """The quickest of the providers ``names``, of those that were timed."""
+    timed = [records[name] for name in names if name in records and records[name].ms_median]
     return min(timed, key=lambda record: record.ms_median or 0.0, default=None)
 
 
@@ -91,7 +97,7 @@ def check(results: Results, targets: list[Target]) -> tuple[str, bool]:
     for case in dict.fromkeys(case for target in targets for case in target.cases()):
         records = results.of(case)
         ratio = control_ratio(records)
-        fair = ratio is not None and abs(ratio - 1) <= CONTROL_RANGE
+        fair = ratio is not None and is_fair(ratio)
         repeated = records[CONTROL].control_of if CONTROL in records else "?"
         rows.append((str(case), f"{CONTROL} / {repeated}", "+-", CONTROL_RANGE, ratio, fair))
     table = tabulate(

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import shapes
+from benchmarks import shapes, targets
 from benchmarks.__main__ import TARGETS, main
 from benchmarks.providers import CONTROL
-from benchmarks.records import Record, Results
-from benchmarks.report import README_BEGIN, README_END, update_readme
+from benchmarks.records import Record, Results, load
+from benchmarks.report import README_BEGIN, README_END, markdown, update_readme
 from benchmarks.targets import check, read_targets
 
 
@@ -161,3 +161,26 @@ def test_results_of_another_machine_are_not_continued(tmp_path: Path) -> None:
     file.write_text("{}")
     with pytest.raises(ValueError, match="no results file"):
         Results(header, file)
+
+
+def test_the_readme_shows_the_faster_of_two_and_marks_what_is_unfair() -> None:
+    header = {"cpu": {"name": "a", "cores": 1, "effkernels_isa": "b"}, "versions": {}}
+    results = Results({**header, "commit": "c", "date": "d", "malloc": "e"})
+    two = {"torch.compile": 30.0, "torch.compile freezing": 20.0}
+    results.add(records(**two, OpenVINO=12.0, freeze=10.0, control=10.2))
+    assert "`*`" not in markdown(results)
+    unfair = records(**two, freeze=10.0, control=11.0)
+    results.add(replace(record, batch=8) for record in unfair)
+    rows = [line.strip("| ").split("|") for line in markdown(results).splitlines() if "²" in line]
+    assert [[cell.strip() for cell in row[1:]] for row in rows] == [
+        ["1", "1", "20.00", "12.00", "10.00", "1.20"],
+        ["8", "1", "20.00", "-", "10.00", "2.00*"],
+    ]
+    assert "`*`" in markdown(results)
+
+
+def test_results_from_before_there_were_limits_are_read() -> None:
+    for file in (Path(targets.__file__).parent / "results").glob("*.json"):
+        header, found, _ = load(file)
+        assert header and found
+        assert main(["report", str(file)]) == 0
