@@ -29,6 +29,9 @@ COLUMNS = {
     "effkernels accelerate": ("accelerate",),
     "freeze": ("freeze",),
 }
+COLUMNS_NOTE = (
+    "eager is the faster of NCHW and channels_last, torch.compile of without and with freezing."
+)
 OURS = "freeze"
 OFF = "*"
 LIMITS_NOTE = (
@@ -169,17 +172,13 @@ def markdown(results: Results, limits: Sequence[Limit] = ()) -> str:
     table = tabulate(rows, headers, tablefmt="github", colalign=alignment, disable_numparse=True)
     machine = describe(results.header).splitlines()
     parts = ["Median milliseconds. " + ".  \n".join(machine) + ".", table]
-    notes = [
-        f"{title}: the faster of {' and '.join(names)}."
-        for title, names in columns.items()
-        if len(names) > 1
-    ]
+    notes = [COLUMNS_NOTE]
     if any(row[-1].endswith(OFF) for row in rows):
         notes.append(
             f"`{OFF}`: a control, one of the providers entered once more, was off by more than "
             f"{CONTROL_RANGE * 100:.0f} %: do not rely on the row."
         )
-    parts += ["  \n".join(notes)] if notes else []
+    parts.append("  \n".join(notes))
     measured = [limit for limit in limits if results.limit(limit.key)]
     if measured:
         parts.append(limit_table(results, measured, "github")[0])
