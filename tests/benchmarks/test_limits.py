@@ -160,6 +160,29 @@ def test_check_fails_where_a_limit_is_missed(
     assert "MISSED" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "accepted"),
+    [
+        ([], lambda limit: True),
+        (["--models", "efficientnet_b4"], lambda limit: limit.case == "efficientnet_b4"),
+        (
+            ["--models", "efficientnet_b0,resnet18", "--batch", "1", "--threads", "2"],
+            lambda limit: (limit.case, limit.batch, limit.threads) == ("efficientnet_b0", 1, 2),
+        ),
+        (["--models", "efficientnet_b4@64"], lambda limit: False),
+        (["--providers", "eager"], lambda limit: False),
+    ],
+)
+def test_which_limits_are_run(
+    arguments: list[str], accepted: Callable[[Limit], bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[list[Limit]] = []
+    monkeypatch.setattr("benchmarks.inference.run", lambda *arguments: [])
+    monkeypatch.setattr(limits, "run", lambda found, *arguments: runs.append(found) or [])
+    assert main(["peers", *arguments]) == 0
+    assert runs == [[limit for limit in read_limits(TARGETS / "cpu-limits.csv") if accepted(limit)]]
+
+
 def test_nothing_to_check_is_said_before_anything_is_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
