@@ -6,6 +6,8 @@
 // each, perhaps the one with instructions that this CPU does not have.
 #pragma once
 
+#include "common/types.h"
+
 #define EFFKERNELS_ID_portable 0
 #define EFFKERNELS_ID_avx2 1
 #define EFFKERNELS_ID_avx512 2
@@ -36,6 +38,7 @@ Isa current_isa();
   EFFKERNELS_DECLARE(avx2, op, Args)       \
   EFFKERNELS_DECLARE(avx512, op, Args)     \
   inline void op##_cpu(const Args& args) { \
+    const FlushDenormals flush;            \
     switch (current_isa()) {               \
       case Isa::avx512:                    \
         return avx512::op(args);           \
@@ -50,6 +53,7 @@ Isa current_isa();
   EFFKERNELS_DECLARE(portable, op, Args)   \
   EFFKERNELS_DECLARE(neon, op, Args)       \
   inline void op##_cpu(const Args& args) { \
+    const FlushDenormals flush;            \
     switch (current_isa()) {               \
       case Isa::neon:                      \
         return neon::op(args);             \
@@ -58,7 +62,10 @@ Isa current_isa();
     }                                      \
   }
 #else
-#define EFFKERNELS_OP(op, Args)          \
-  EFFKERNELS_DECLARE(portable, op, Args) \
-  inline void op##_cpu(const Args& args) { portable::op(args); }
+#define EFFKERNELS_OP(op, Args)            \
+  EFFKERNELS_DECLARE(portable, op, Args)   \
+  inline void op##_cpu(const Args& args) { \
+    const FlushDenormals flush;            \
+    portable::op(args);                    \
+  }
 #endif

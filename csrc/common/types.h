@@ -5,7 +5,42 @@
 #include <cstdint>
 #include <type_traits>
 
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
 namespace effkernels {
+
+// While it lives, denormal numbers count as zero on this thread. SiLU makes some of everything
+// below -91, and an Intel core takes 150 cycles for an instruction that meets one: EfficientNet-B4
+// took 134 ms instead of 77. (Always inlined, as it is compiled for several instruction sets.)
+class FlushDenormals {
+ public:
+#if defined(__x86_64__)
+  __attribute__((always_inline)) FlushDenormals() : before_(_mm_getcsr()) {
+    constexpr unsigned kFlushToZero = 0x8000, kDenormalsAreZero = 0x0040;
+    _mm_setcsr(before_ | kFlushToZero | kDenormalsAreZero);
+  }
+  __attribute__((always_inline)) ~FlushDenormals() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#elif defined(__aarch64__)
+  __attribute__((always_inline)) FlushDenormals() {
+    __asm__ volatile("mrs %0, fpcr" : "=r"(before_));
+    constexpr uint64_t kFlushToZero = uint64_t{1} << 24;
+    __asm__ volatile("msr fpcr, %0" : : "r"(before_ | kFlushToZero));
+  }
+  __attribute__((always_inline)) ~FlushDenormals() {
+    __asm__ volatile("msr fpcr, %0" : : "r"(before_));
+  }
+
+ private:
+  uint64_t before_;
+#else
+  __attribute__((always_inline)) ~FlushDenormals() {}
+#endif
+};
 
 struct bf16 {
   uint16_t bits;
@@ -73,6 +108,7 @@ void parallel_for(const Parallel& parallel, int64_t tasks, F&& body) {
   parallel.run(
       tasks,
       [](void* context, int64_t begin, int64_t end) {
+        const FlushDenormals flush;
         (*static_cast<std::remove_reference_t<Body>*>(context))(begin, end);
       },
       const_cast<void*>(static_cast<const void*>(&body)));
