@@ -121,6 +121,41 @@ def _gemm_panels(weight: Tensor) -> Tensor:
     return cached("gemm", (weight,), pack)
 
 
+# Winograd's algorithm (csrc/conv/winograd.h): G, so that a kernel g becomes G g Gᵀ.
+_WINOGRAD = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
+
+
+def _winograd_panels(weight: Tensor) -> Tensor:
+    """[K, C, 3, 3], transformed, as 16 matrices of panels of depth C, kept."""
+
+    def pack() -> Tensor:
+        factor = torch.tensor(_WINOGRAD, dtype=torch.float64)
+        kernels = weight.detach().permute(2, 3, 0, 1).double()  # [3, 3, K, C]
+        kernels = torch.tensordot(factor, kernels, 1)  # [4, 3, K, C]
+        kernels = torch.tensordot(factor, kernels, ([1], [1]))  # [4, 4, K, C], transposed
+        matrices = kernels.transpose(0, 1).flatten(0, 1).float()
+        return torch.stack([gemm_panels(matrix) for matrix in matrices])
+
+    return cached("winograd", (weight,), pack)
+
+
+def _dense(weight: Tensor) -> Tensor:
+    """``weight`` as dense float32, in its own order."""
+    if weight.dtype == torch.float32 and weight.is_contiguous():
+        return weight.detach()
+    return cached("dense", (weight,), lambda: weight.detach().float().contiguous())
+
+
+def uses_winograd(
+    weight: Tensor, stride: list[int], dilation: list[int], size: tuple[int, int]
+) -> bool:
+    """The convolution runs by Winograd's algorithm."""
+    channels, depth, *kernel = weight.shape
+    if kernel != [3, 3] or [*stride, *dilation] != [1, 1, 1, 1]:
+        return False
+    return depth >= 16 and channels >= 16 and size[0] * size[1] >= 49
+
+
 def prepack(weight: Tensor, depthwise: bool) -> None:
     """Do now what the first call with a convolution's weight would do."""
     (_depthwise_taps if depthwise else _gemm_panels)(weight)
@@ -255,8 +290,23 @@ def is_planar(input: Tensor) -> bool:
     return input.shape[1] <= _IMAGE_CHANNELS and input.is_contiguous()
 
 
-def pack_conv(input: Tensor, *arguments: Any) -> Packed:
-    return _pack_convolution(_gemm_panels, input, *arguments)
+def pack_conv(
+    input: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    activation: str,
+) -> Packed:
+    rest = (scale, bias, stride, padding, dilation, activation)
+    size = output_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
+    if not uses_winograd(weight, stride, dilation, size):
+        packed = _pack_convolution(_gemm_panels, input, weight, *rest)
+        return packed._replace(weights=(*packed.weights, None))
+    packed = _pack_convolution(_dense, input, weight, *rest)
+    return packed._replace(weights=(*packed.weights, _winograd_panels(weight)))
 
 
 def conv(

@@ -5,6 +5,9 @@
 
 namespace effkernels {
 
+// Products per convolution by Winograd's algorithm.
+constexpr int64_t kWinogradMatrices = 16;
+
 struct ConvArgs {
   DType dtype;        // of output, input and residual
   void* output;       // [count, out_height, out_width, out_channels]
@@ -16,6 +19,8 @@ struct ConvArgs {
   Geometry geometry;
   Epilogue epilogue;
   Parallel parallel;
+  // For Winograd's algorithm, see winograd.h; `weight` is then as given, [K, C, 3, 3].
+  const float* transformed = nullptr;
 };
 
 EFFKERNELS_OP(conv, ConvArgs)
