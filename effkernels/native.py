@@ -303,8 +303,7 @@ def pack_conv(
     rest = (scale, bias, stride, padding, dilation, activation)
     size = output_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
     if not uses_winograd(weight, stride, dilation, size):
-        packed = _pack_convolution(_gemm_panels, input, weight, *rest)
-        return packed._replace(weights=(*packed.weights, None))
+        return _pack_convolution(_gemm_panels, input, weight, *rest)
     packed = _pack_convolution(_dense, input, weight, *rest)
     return packed._replace(weights=(*packed.weights, _winograd_panels(weight)))
 
@@ -321,16 +320,20 @@ def conv(
     activation: str,
 ) -> Tensor:
     packed = pack_conv(input, weight, scale, bias, stride, padding, dilation, activation)
+    panels, scale, bias, *transformed = packed.weights
     output = empty_nhwc(input, *packed.size)
     planar = is_planar(input)
     torch.ops.effkernels_cpu.conv(
         output,
         input if planar else nhwc(input),
-        *packed.weights,
+        panels,
+        scale,
+        bias,
         packed.geometry,
         None if residual is None else nhwc(residual),
         *packed.activations,
         planar,
+        *transformed,
     )
     return output
 

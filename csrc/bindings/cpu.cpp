@@ -61,8 +61,8 @@ void pointwise_conv(Tensor output, OptionalTensor mean, Tensor input, Tensor wei
 }
 
 void conv(Tensor output, Tensor input, Tensor weight, OptionalTensor scale, OptionalTensor bias,
-          OptionalTensor transformed, std::vector<int64_t> geometry, OptionalTensor residual,
-          int64_t activation, bool planar) {
+          std::vector<int64_t> geometry, OptionalTensor residual, int64_t activation, bool planar,
+          OptionalTensor transformed) {
   ConvArgs args{};
   args.planar = planar;
   args.dtype = dtype_of(input);
@@ -228,7 +228,8 @@ STABLE_TORCH_LIBRARY(effkernels_cpu, m) {
       "Tensor? scale, Tensor? bias, Tensor? gate, Tensor? residual, int activation) -> ()");
   m.def(
       "conv(Tensor(a!) output, Tensor input, Tensor weight, Tensor? scale, Tensor? bias, "
-      "Tensor? transformed, int[] geometry, Tensor? residual, int activation, bool planar) -> ()");
+      "int[] geometry, Tensor? residual, int activation, bool planar, "
+      "Tensor? transformed=None) -> ()");
   m.def(
       "squeeze_excite(Tensor(a!) output, Tensor input, Tensor reduce_weight, Tensor? reduce_bias, "
       "Tensor expand_weight, Tensor? expand_bias, int activation, int gate_activation) -> ()");
