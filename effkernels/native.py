@@ -121,22 +121,33 @@ def _gemm_panels(weight: Tensor) -> Tensor:
     return cached("gemm", (weight,), pack)
 
 
-# Winograd's algorithm (csrc/conv/winograd.h): G, so that a kernel g becomes G g Gᵀ.
-_WINOGRAD = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
+# Winograd's algorithm (csrc/conv/winograd.h) along one axis, by outputs of a tile: G, so that a
+# kernel g becomes G g.
+_A, _B = 0.75, 1.5
+_N = _A * _A - _B * _B
+_WINOGRAD = {
+    2: ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0)),
+    4: (
+        (1.0 / (_A * _B) ** 2, 0.0, 0.0),
+        *[tuple(p**i / (2 * _A * _A * _N) for i in range(3)) for p in (_A, -_A)],
+        *[tuple(p**i / (-2 * _B * _B * _N) for i in range(3)) for p in (_B, -_B)],
+        (0.0, 0.0, 1.0),
+    ),
+}
 
 
-def _winograd_panels(weight: Tensor) -> Tensor:
-    """[K, C, 3, 3], transformed, as 16 matrices of panels of depth C, kept."""
+def _winograd_panels(weight: Tensor, across: int) -> Tensor:
+    """[K, C, 3, 3], transformed, as 16 or 24 matrices of panels of depth C, kept."""
 
     def pack() -> Tensor:
-        factor = torch.tensor(_WINOGRAD, dtype=torch.float64)
         kernels = weight.detach().permute(2, 3, 0, 1).double()  # [3, 3, K, C]
-        kernels = torch.tensordot(factor, kernels, 1)  # [4, 3, K, C]
-        kernels = torch.tensordot(factor, kernels, ([1], [1]))  # [4, 4, K, C], transposed
-        matrices = kernels.transpose(0, 1).flatten(0, 1).float()
+        for outputs in (2, across):
+            factor = torch.tensor(_WINOGRAD[outputs], dtype=torch.float64)
+            kernels = torch.tensordot(kernels, factor, ([0], [1])).movedim(-1, 1)
+        matrices = kernels.flatten(0, 1).float()
         return torch.stack([gemm_panels(matrix) for matrix in matrices])
 
-    return cached("winograd", (weight,), pack)
+    return cached(("winograd", across), (weight,), pack)
 
 
 def _dense(weight: Tensor) -> Tensor:
@@ -146,14 +157,16 @@ def _dense(weight: Tensor) -> Tensor:
     return cached("dense", (weight,), lambda: weight.detach().float().contiguous())
 
 
-def uses_winograd(
+def winograd_width(
     weight: Tensor, stride: list[int], dilation: list[int], size: tuple[int, int]
-) -> bool:
-    """The convolution runs by Winograd's algorithm."""
+) -> int:
+    """Width of the tiles of Winograd's algorithm, for outputs of ``size``; 0: not by it."""
     channels, depth, *kernel = weight.shape
     if kernel != [3, 3] or [*stride, *dilation] != [1, 1, 1, 1]:
-        return False
-    return depth >= 16 and channels >= 16 and size[0] * size[1] >= 49
+        return 0
+    if min(channels, depth) < 16 or size[0] * size[1] < 49:
+        return 0
+    return 4 if size[1] >= 20 else 2
 
 
 def prepack(weight: Tensor, depthwise: bool) -> None:
@@ -302,10 +315,11 @@ def pack_conv(
 ) -> Packed:
     rest = (scale, bias, stride, padding, dilation, activation)
     size = output_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
-    if not uses_winograd(weight, stride, dilation, size):
+    width = winograd_width(weight, stride, dilation, size)
+    if width == 0:
         return _pack_convolution(_gemm_panels, input, weight, *rest)
     packed = _pack_convolution(_dense, input, weight, *rest)
-    return packed._replace(weights=(*packed.weights, _winograd_panels(weight)))
+    return packed._replace(weights=(*packed.weights, _winograd_panels(weight, width)))
 
 
 def conv(

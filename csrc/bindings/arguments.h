@@ -83,8 +83,10 @@ inline void set_weights(ConvArgs& args, const Tensor& weight, const OptionalTens
                     g.dilation_h == 1 && g.dilation_w == 1 && !args.planar;
   STD_TORCH_CHECK(fits, "effkernels_cpu: conv: transformed weights are for 3x3, stride 1, NHWC");
   args.weight = floats("weight", weight, args.out_channels * taps * depth);
+  args.tile_width = transformed->size(0) == 16 ? 2 : 4;
+  const int64_t matrices = 4 * (args.tile_width + 2);
   args.transformed =
-      floats("transformed", transformed, kWinogradMatrices * panels_size(args.out_channels, depth));
+      floats("transformed", transformed, matrices * panels_size(args.out_channels, depth));
 }
 
 inline Images images_of(const Tensor& tensor) {  // [N, C, H, W] by shape

@@ -5,9 +5,6 @@
 
 namespace effkernels {
 
-// Products per convolution by Winograd's algorithm.
-constexpr int64_t kWinogradMatrices = 16;
-
 struct ConvArgs {
   DType dtype;        // of output, input and residual
   void* output;       // [count, out_height, out_width, out_channels]
@@ -21,6 +18,7 @@ struct ConvArgs {
   Parallel parallel;
   // For Winograd's algorithm, see winograd.h; `weight` is then as given, [K, C, 3, 3].
   const float* transformed = nullptr;
+  int64_t tile_width = 2;  // 2 or 4 outputs of one row, and of the next
 };
 
 EFFKERNELS_OP(conv, ConvArgs)

@@ -149,7 +149,7 @@ constexpr int64_t kShortest = 14;  // outputs of a row that is worth a product o
 template <class T>
 void run(const ConvArgs& args) {
   if (args.transformed != nullptr) {
-    Winograd<T>(args).run();
+    args.tile_width == 2 ? Winograd<T, 2>(args).run() : Winograd<T, 4>(args).run();
   } else if (args.planar || args.out_width >= kShortest) {
     run_bands<T>(args);
   } else {

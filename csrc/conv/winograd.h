@@ -11,74 +11,82 @@
 namespace effkernels {
 namespace EFFKERNELS_ISA {
 
-constexpr int64_t kOutputs = 2;                   // of a tile, along each side
-constexpr int64_t kInputs = 4;                    // values along a side that they come from
-constexpr int64_t kMatrices = kInputs * kInputs;  // one product each
-
 // Sums over channels are shorter than those over windows, but added up as they are their errors
 // are larger than the transforms'.
-struct Channels : Dense {
-  static constexpr int64_t chain = 64;
+template <int64_t kLength>
+struct Chains : Dense {
+  static constexpr int64_t chain = kLength;
 };
 
-// Tiles as one list, whatever image they lie in.
-struct Tiles {
-  int64_t down, across;  // of an image
+// One dimension of the transforms, for kOutputs outputs of a 3-tap convolution.
+template <int kOutputs>
+struct Axis;
 
-  int64_t of_image() const { return down * across; }
+// Points 0, 1, -1, infinity.
+template <>
+struct Axis<2> {
+  static constexpr int inputs = 4;
+
+  static EFFKERNELS_INLINE void input(const Vec* d, Vec* to) {
+    to[0] = d[0] - d[2];
+    to[1] = d[1] + d[2];
+    to[2] = d[2] - d[1];
+    to[3] = d[1] - d[3];
+  }
+  static EFFKERNELS_INLINE void output(const Vec* m, Vec* to) {
+    to[0] = m[0] + m[1] + m[2];
+    to[1] = m[1] - m[2] - m[3];
+  }
+};
+
+// Points 0, a, -a, b, -b, infinity.
+template <>
+struct Axis<4> {
+  static constexpr int inputs = 6;
+  static constexpr float a = 0.75f, b = 1.5f;
+  static constexpr float aa = a * a, bb = b * b, aaa = a * aa, bbb = b * bb;
+
+  static EFFKERNELS_INLINE void input(const Vec* d, Vec* to) {
+    const Vec sum = Vec::set1(-(aa + bb)), product = Vec::set1(aa * bb);
+    to[0] = fma(d[0], product, fma(d[2], sum, d[4]));
+    pair(d, a, bb, to + 1);
+    pair(d, b, aa, to + 3);
+    to[5] = fma(d[1], product, fma(d[3], sum, d[5]));
+  }
+  // The rows of points p and -p, which are zero at q and -q.
+  static EFFKERNELS_INLINE void pair(const Vec* d, float p, float qq, Vec* to) {
+    const Vec even = fma(d[2], Vec::set1(-qq), d[4]), odd = fma(d[1], Vec::set1(-qq), d[3]);
+    to[0] = fma(odd, Vec::set1(p), even);
+    to[1] = fma(odd, Vec::set1(-p), even);
+  }
+  static EFFKERNELS_INLINE void output(const Vec* m, Vec* to) {
+    const Vec even_a = m[1] + m[2], odd_a = m[1] - m[2];
+    const Vec even_b = m[3] + m[4], odd_b = m[3] - m[4];
+    to[0] = m[0] + even_a + even_b;
+    to[1] = fma(odd_a, Vec::set1(a), odd_b * Vec::set1(b));
+    to[2] = fma(even_a, Vec::set1(aa), even_b * Vec::set1(bb));
+    to[3] = fma(odd_a, Vec::set1(aaa), fma(odd_b, Vec::set1(bbb), m[5]));
+  }
 };
 
 struct Tile {
   int64_t image, y, x;  // of its first output
 };
 
-inline Tile tile_at(const Tiles& tiles, int64_t index) {
-  const int64_t place = index % tiles.of_image();
-  return {index / tiles.of_image(), place / tiles.across * kOutputs,
-          place % tiles.across * kOutputs};
-}
-
-// B' d B of up to Vec::size channels of a tile, to rows of the 16 matrices.
-template <bool kWhole, class T>
-EFFKERNELS_INLINE void transform_window(const T* const* pixels, int64_t c, int64_t n, float* to,
-                                        int64_t matrix) {
-  Vec half[kInputs][kInputs];  // B' d
-#pragma GCC unroll 4
-  for (int j = 0; j < kInputs; j++) {
-    Vec d[kInputs];
-#pragma GCC unroll 4
-    for (int i = 0; i < kInputs; i++) {
-      const T* p = pixels[i * kInputs + j] + c;
-      d[i] = kWhole ? Vec::load(p) : load_first(p, n);
-    }
-    half[0][j] = d[0] - d[2];
-    half[1][j] = d[1] + d[2];
-    half[2][j] = d[2] - d[1];
-    half[3][j] = d[1] - d[3];
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < kInputs; i++, to += kInputs * matrix) {
-    const Vec* d = half[i];
-    (d[0] - d[2]).store(to + c);
-    (d[1] + d[2]).store(to + matrix + c);
-    (d[2] - d[1]).store(to + 2 * matrix + c);
-    (d[1] - d[3]).store(to + 3 * matrix + c);
-  }
-}
-
-// Everything about one convolution that its tasks share.
-template <class T>
+// Everything about one convolution that its tasks share. A tile is kDown x kAcross outputs.
+template <class T, int kAcross>
 class Winograd {
  public:
   explicit Winograd(const ConvArgs& args)
       : args_(args),
-        tiles_{ceil_div(args.out_height, kOutputs), ceil_div(args.out_width, kOutputs)},
+        down_(ceil_div(args.out_height, kDown)),
+        across_(ceil_div(args.out_width, kAcross)),
         depth_(args.in.channels),
         row_(round_up(depth_, kPanel)),
         panels_(ceil_div(args.out_channels, kPanel)) {}
 
   void run() {
-    const int64_t count = args_.in.count * tiles_.of_image(), threads = args_.parallel.threads;
+    const int64_t count = args_.in.count * down_ * across_, threads = args_.parallel.threads;
     if (count * args_.out_channels == 0) return;
     const int64_t pairs = ceil_div(panels_, kWide);
     int64_t chunks = ceil_div(count, chunk_tiles()), groups = 1;
@@ -103,6 +111,13 @@ class Winograd {
   }
 
  private:
+  static constexpr int kDown = 2;
+  using Down = Axis<kDown>;
+  using Across = Axis<kAcross>;
+  using Sums = Chains<kAcross == 2 ? 64 : 32>;
+  static constexpr int kOutputs = kDown * kAcross;
+  static constexpr int kMatrices = Down::inputs * Across::inputs;  // one product each
+  static constexpr int64_t kTaps = 9;
   static constexpr int64_t kWide = kTileChannels / kPanel;  // panels that are multiplied at once
 
   struct Buffers {
@@ -120,7 +135,7 @@ class Winograd {
   void set_layout(int64_t longest) {
     matrix_ = longest * row_ + kPanel;
     product_ = longest * kTileChannels + kPanel;
-    outputs_ = longest * kOutputs * kOutputs * kTileChannels;
+    outputs_ = longest * kOutputs * kTileChannels;
   }
 
   Buffers allocate() const {
@@ -136,6 +151,11 @@ class Winograd {
     return b;
   }
 
+  Tile tile_at(int64_t index) const {
+    const int64_t image = index / (down_ * across_), place = index % (down_ * across_);
+    return {image, place / across_ * kDown, place % across_ * kAcross};
+  }
+
   const T* image(int64_t index) const {
     return static_cast<const T*>(args_.input) + index * args_.in.size();
   }
@@ -144,36 +164,61 @@ class Winograd {
     const Images& in = args_.in;
     const T* zeros = reinterpret_cast<const T*>(buffers.zeros);
     for (int64_t t = 0; t < count; t++) {
-      const Tile tile = tile_at(tiles_, first + t);
+      const Tile tile = tile_at(first + t);
       const int64_t top = tile.y - args_.geometry.top, left = tile.x - args_.geometry.left;
       const T* from = image(tile.image);
       const T* pixels[kMatrices];
       for (int64_t i = 0; i < kMatrices; i++) {
-        const int64_t y = top + i / kInputs, x = left + i % kInputs;
+        const int64_t y = top + i / Across::inputs, x = left + i % Across::inputs;
         const bool inside = y >= 0 && y < in.height && x >= 0 && x < in.width;
         pixels[i] = inside ? from + (y * in.width + x) * depth_ : zeros;
       }
       float* to = buffers.windows + t * row_;
       int64_t c = 0;
       for (; c + Vec::size <= depth_; c += Vec::size) {
-        transform_window<true>(pixels, c, Vec::size, to, matrix_);
+        transform_window<true>(pixels, c, Vec::size, to + c);
       }
-      if (c < depth_) transform_window<false>(pixels, c, depth_ - c, to, matrix_);
+      if (c < depth_) transform_window<false>(pixels, c, depth_ - c, to + c);
     }
   }
 
-  // The 16 products of a chunk and a panel pair.
+  // B' d B of up to Vec::size channels of a tile, to rows of all matrices.
+  template <bool kWhole>
+  void transform_window(const T* const* pixels, int64_t c, int64_t n, float* to) const {
+    Vec half[Down::inputs][Across::inputs];  // B' d
+#pragma GCC unroll 8
+    for (int j = 0; j < Across::inputs; j++) {
+      Vec d[Down::inputs], column[Down::inputs];
+#pragma GCC unroll 8
+      for (int i = 0; i < Down::inputs; i++) {
+        const T* p = pixels[i * Across::inputs + j] + c;
+        d[i] = kWhole ? Vec::load(p) : load_first(p, n);
+      }
+      Down::input(d, column);
+#pragma GCC unroll 8
+      for (int i = 0; i < Down::inputs; i++) half[i][j] = column[i];
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < Down::inputs; i++) {
+      Vec row[Across::inputs];
+      Across::input(half[i], row);
+#pragma GCC unroll 8
+      for (int j = 0; j < Across::inputs; j++, to += matrix_) row[j].store(to);
+    }
+  }
+
+  // The products of a chunk and a panel pair.
   void multiply(int64_t rows, int64_t panel, const Buffers& buffers) const {
     const int64_t here = min_of(kWide, panels_ - panel);
     const int64_t tiles = ceil_div(rows, kTileRows), size = rows / tiles;
     const int64_t larger = rows - size * tiles;  // the first `larger` tiles have one row more
-    GemmTile<Channels> functions[2];
+    GemmTile<Sums> functions[2];
     if (here == 1) {
-      functions[0] = tile_for<1, kTileRows, Channels>(size);
-      functions[1] = tile_for<1, kTileRows, Channels>(size + (larger > 0));
+      functions[0] = tile_for<1, kTileRows, Sums>(size);
+      functions[1] = tile_for<1, kTileRows, Sums>(size + (larger > 0));
     } else {
-      functions[0] = tile_for<kWide, kTileRows, Channels>(size);
-      functions[1] = tile_for<kWide, kTileRows, Channels>(size + (larger > 0));
+      functions[0] = tile_for<kWide, kTileRows, Sums>(size);
+      functions[1] = tile_for<kWide, kTileRows, Sums>(size + (larger > 0));
     }
     for (int64_t i = 0; i < kMatrices; i++) {
       const float* weights = panels(i, panel);
@@ -183,7 +228,7 @@ class Winograd {
       const float* a = buffers.windows + i * matrix_;
       float* product = buffers.products + i * product_;
       for (int64_t t = 0; t < tiles; t++) {
-        functions[t < larger](a, row_, Channels{}, weights, depth_, t + 1 == tiles ? next : weights,
+        functions[t < larger](a, row_, Sums{}, weights, depth_, t + 1 == tiles ? next : weights,
                               product);
         const int64_t done = size + (t < larger);
         a += done * row_;
@@ -200,12 +245,12 @@ class Winograd {
   void transform_output(int64_t first, int64_t count, int64_t panel, Buffers& buffers) const {
     const int64_t channels = min_of(kTileChannels, args_.out_channels - panel * kPanel);
     for (int64_t t = 0; t < count;) {
-      const Tile tile = tile_at(tiles_, first + t);
-      const int64_t across = min_of(count - t, tiles_.across - tile.x / kOutputs);
-      const int64_t line = across * kOutputs * kTileChannels;
+      const Tile tile = tile_at(first + t);
+      const int64_t across = min_of(count - t, across_ - tile.x / kAcross);
+      const int64_t line = across * kAcross * kTileChannels;
       for (int64_t i = 0; i < across; i++) {
-        const Tile next{tile.image, tile.y, tile.x + i * kOutputs};
-        float* to = buffers.outputs + i * kOutputs * kTileChannels;
+        const Tile next{tile.image, tile.y, tile.x + i * kAcross};
+        float* to = buffers.outputs + i * kAcross * kTileChannels;
         for (int64_t k = 0; k < channels; k += kPanel) {
           if (!transform_product(buffers.products + (t + i) * kTileChannels + k, to + k, line)) {
             compute_exactly(next, panel + k / kPanel, to + k, line, buffers);
@@ -223,24 +268,27 @@ class Winograd {
     Vec finite = zero;  // NaN if any value is not finite
 #pragma GCC unroll 4
     for (int64_t k = 0; k < kPanel; k += Vec::size) {
-      Vec half[kOutputs][kInputs];  // A' M
-#pragma GCC unroll 4
-      for (int j = 0; j < kInputs; j++) {
-        Vec m[kInputs];
-#pragma GCC unroll 4
-        for (int i = 0; i < kInputs; i++) {
-          m[i] = Vec::load(from + (i * kInputs + j) * product_ + k);
+      Vec half[kDown][Across::inputs];  // A' M
+#pragma GCC unroll 8
+      for (int j = 0; j < Across::inputs; j++) {
+        Vec m[Down::inputs], column[kDown];
+#pragma GCC unroll 8
+        for (int i = 0; i < Down::inputs; i++) {
+          m[i] = Vec::load(from + (i * Across::inputs + j) * product_ + k);
         }
-        half[0][j] = m[0] + m[1] + m[2];
-        half[1][j] = m[1] - m[2] - m[3];
+        Down::output(m, column);
+#pragma GCC unroll 8
+        for (int i = 0; i < kDown; i++) half[i][j] = column[i];
       }
-#pragma GCC unroll 2
-      for (int i = 0; i < kOutputs; i++) {
-        const Vec* m = half[i];
-        const Vec even = m[0] + m[1] + m[2], odd = m[1] - m[2] - m[3];
-        even.store(to + i * line + k);
-        odd.store(to + i * line + kTileChannels + k);
-        finite = fma(odd, zero, fma(even, zero, finite));
+#pragma GCC unroll 8
+      for (int i = 0; i < kDown; i++) {
+        Vec row[kAcross];
+        Across::output(half[i], row);
+#pragma GCC unroll 8
+        for (int j = 0; j < kAcross; j++) {
+          row[j].store(to + i * line + j * kTileChannels + k);
+          finite = fma(row[j], zero, finite);
+        }
       }
     }
     return all_below(finite, 1.0f);
@@ -249,22 +297,24 @@ class Winograd {
   // The sums of a tile and panel from the window itself, as the direct convolution adds them up.
   __attribute__((noinline)) void compute_exactly(const Tile& tile, int64_t panel, float* to,
                                                  int64_t line, Buffers& buffers) const {
-    constexpr int64_t kPixels = kOutputs * kOutputs;
     const int64_t depth = kTaps * depth_;
     float* memory =
-        scratch(ScratchUse::kRing, static_cast<size_t>((kWide * kPanel + kPixels) * depth));
+        scratch(ScratchUse::kRing, static_cast<size_t>((kWide * kPanel + kOutputs) * depth));
     float* weights = memory + panel % kWide * kPanel * depth;
     float* windows = memory + kWide * kPanel * depth;
     if (buffers.exact[panel % kWide] != panel) pack(panel, weights);
     buffers.exact[panel % kWide] = panel;
-    for (int64_t i = 0; i < kPixels; i++) {
-      copy_window(image(tile.image), args_.in, args_.geometry, tile.y + i / kOutputs,
-                  tile.x + i % kOutputs, windows + i * depth);
+    for (int64_t i = 0; i < kOutputs; i++) {
+      copy_window(image(tile.image), args_.in, args_.geometry, tile.y + i / kAcross,
+                  tile.x + i % kAcross, windows + i * depth);
     }
-    alignas(64) float sums[kPixels * kTileChannels];
-    gemm_tile<kPixels, 1>(windows, depth, Dense{}, weights, depth, weights, sums);
-    for (int64_t i = 0; i < kPixels; i++) {
-      std::memcpy(to + i / kOutputs * line + i % kOutputs * kTileChannels, sums + i * kTileChannels,
+    alignas(64) float sums[kOutputs * kTileChannels];
+    for (int64_t i = 0; i < kOutputs; i += kDown) {
+      gemm_tile<kDown, 1>(windows + i * depth, depth, Dense{}, weights, depth, weights,
+                          sums + i * kTileChannels);
+    }
+    for (int64_t i = 0; i < kOutputs; i++) {
+      std::memcpy(to + i / kAcross * line + i % kAcross * kTileChannels, sums + i * kTileChannels,
                   kPanel * sizeof(float));
     }
   }
@@ -285,8 +335,8 @@ class Winograd {
   // The epilogue on the outputs of tiles next to each other, but for what sticks out.
   void finish(const Tile& tile, int64_t across, int64_t panel, int64_t channels,
               const float* outputs, int64_t line) const {
-    const int64_t width = min_of(across * kOutputs, args_.out_width - tile.x);
-    const int64_t height = min_of(kOutputs, args_.out_height - tile.y);
+    const int64_t width = min_of(across * kAcross, args_.out_width - tile.x);
+    const int64_t height = min_of(kDown, args_.out_height - tile.y);
     const T* residual = static_cast<const T*>(args_.epilogue.residual);
     for (int64_t y = 0; y < height; y++) {
       const int64_t pixel = (tile.image * args_.out_height + tile.y + y) * args_.out_width + tile.x;
@@ -297,10 +347,8 @@ class Winograd {
     }
   }
 
-  static constexpr int64_t kTaps = 9;
-
   const ConvArgs& args_;
-  const Tiles tiles_;
+  const int64_t down_, across_;                     // tiles of an image
   const int64_t depth_, row_, panels_;              // row_: floats of a transformed window's row
   int64_t matrix_ = 0, product_ = 0, outputs_ = 0;  // floats of a matrix's part of the buffers
 };
