@@ -128,7 +128,7 @@ class Winograd {
   // Tiles whose transformed windows share an L2 with a panel pair and its products.
   int64_t chunk_tiles() const {
     const int64_t fit = 131072 / (kMatrices * row_);
-    return max_of(2 * kTileRows, min_of(fit, 8 * kTileRows));
+    return max_of(28, min_of(fit, 112));
   }
 
   // A line between two matrices keeps them from lying a multiple of 4 KiB apart.
