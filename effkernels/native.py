@@ -325,22 +325,14 @@ def is_planar(input: Tensor) -> bool:
     return input.shape[1] <= _IMAGE_CHANNELS and input.is_contiguous()
 
 
-def pack_conv(
-    input: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    activation: str,
-) -> Packed:
-    rest = (scale, bias, stride, padding, dilation, activation)
+def pack_conv(input: Tensor, *arguments: Any) -> Packed:
+    """With a fourth weight where Winograd's algorithm is used; the first is then unpacked."""
+    weight, _, _, stride, padding, dilation, _ = arguments
     size = output_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
     width = winograd_width(weight, stride, dilation, size)
     if width == 0:
-        return _pack_convolution(_gemm_panels, input, weight, *rest)
-    packed = _pack_convolution(_dense, input, weight, *rest)
+        return _pack_convolution(_gemm_panels, input, *arguments)
+    packed = _pack_convolution(_dense, input, *arguments)
     return packed._replace(weights=(*packed.weights, _winograd_panels(weight, width)))
 
 

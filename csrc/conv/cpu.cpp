@@ -8,6 +8,7 @@
 // float32, and the product reads the windows there: rows of A are a pixel's step apart, and a table
 // says where their values lie. Output rows shorter than a register tile would use each weight too
 // seldom; there the windows are written out (im2col) and make one matrix of all pixels.
+// Windows of 3x3 at stride 1 are computed otherwise where that is faster, see winograd.h.
 //
 // Ladder, EfficientNet-B0's stem (3 -> 32 channels, 112x112 outputs), one Zen 5 core, avx512:
 //   NCHW -> NHWC by PyTorch, windows written out                                        0.30 ms
