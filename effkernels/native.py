@@ -173,9 +173,9 @@ def winograd_width(
     - a tile that sticks out computes for nothing: from 4x4 outputs on it wins (64 channels, 5x5:
       1.3 times), on 3x3 of 512 it takes 1.6 times as long;
     - weights that come from the last cache must be used often: with 512 channels 4x4 and 5x5
-      outputs are level, 7x7 are 1.2 times as fast;
-    - tiles of 2x4 are ahead by 15 to 25 % from 28 pixels a row on. At 14 they gain 5 % where many
-      channels make the weights large, not worth half as many again in memory.
+      outputs are level, 7x7 are 1.3 times as fast;
+    - tiles of 2x4 are ahead by 15 to 25 % from 28 pixels a row on. On smaller images, where many
+      channels make the weights large, 7 % are not worth half as many again in memory.
     """
     channels, depth, *kernel = weight.shape
     if kernel != [3, 3] or [*stride, *dilation] != [1, 1, 1, 1]:

@@ -33,12 +33,12 @@
 //
 // Ladder, ms, one image, one core of an Intel Xeon (AVX-512, 2 cores, shared), by layer:
 //                                             64, 56x56   128, 28x28   256, 14x14   512, 7x7
-//   direct, avx512                              1.53        1.49         1.49         1.76
-//   2x2                                         0.93        0.86         0.87         1.37
-//   2x4                                         0.80        0.71         0.78         1.4
-//   direct, avx2                                2.6         2.7          2.9          2.8
-//   2x2                                         1.40        1.32         1.31         1.76
-//   2x4                                         1.13        1.07         1.3          2.0
+//   direct, avx512                              1.51        1.46         1.48         1.86
+//   2x2                                         0.93        0.86         0.89         1.42
+//   2x4                                         0.80        0.73         0.83         1.32
+//   direct, avx2                                2.59        2.70         2.93         2.92
+//   2x2                                         1.40        1.34         1.34         2.01
+//   2x4                                         1.16        1.09         1.23         1.97
 // Chunks of a quarter to four times the size: within 5 %, but a quarter costs avx2 20 % at 512
 // channels. 7x7 is bound by its weights, 17 MB from the last cache.
 #pragma once
