@@ -64,7 +64,7 @@ def freeze(model: nn.Module) -> Frozen:
         if isinstance(conv, nn.Conv2d) and can_run(conv.weight) is None:
             kind = convolution_kind(conv)
             if kind is not None:
-                prepack(conv.weight, kind == "depthwise")
+                prepack(conv.weight, conv.stride, conv.dilation, kind == "depthwise")
     return Frozen(frozen)
 
 

@@ -132,7 +132,7 @@ class _Simplifier:
         producer = self._open(input)
         if producer is None or producer.residual is not None or mean is None:
             return None
-        panels, scale, shift = producer.weights
+        packed, scale, shift, *transformed = producer.weights
         if scale is not None or call.outputs[0] is None:
             return None
         if any(value in self._readers for value in call.outputs[1:] if value is not None):
@@ -143,7 +143,7 @@ class _Simplifier:
             factor = factor * weight.double()
         center = mean.double() if shift is None else mean.double() - shift.double()
         offset = -center * factor if bias is None else bias.double() - center * factor
-        producer.weights = (panels, factor.float(), offset.float())
+        producer.weights = (packed, factor.float(), offset.float(), *transformed)
         producer.output = call.outputs[0]
         return producer
 

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "common/types.h"
+#include "conv/conv.h"
 
 namespace effkernels {
 
@@ -68,6 +69,24 @@ inline const void* residual_of(const OptionalTensor& tensor, DType dtype, int64_
 
 inline int64_t panels_size(int64_t channels, int64_t depth) {
   return round_up(channels, kPanel) * depth;
+}
+
+// The weights of a convolution: for Winograd's algorithm as given and transformed, else in panels.
+inline void set_weights(ConvArgs& args, const Tensor& weight, const OptionalTensor& transformed) {
+  const Geometry& g = args.geometry;
+  const int64_t taps = g.kernel_h * g.kernel_w, depth = args.in.channels;
+  if (!transformed) {
+    args.weight = floats("weight", weight, panels_size(args.out_channels, taps * depth));
+    return;
+  }
+  const bool fits = g.kernel_h == 3 && g.kernel_w == 3 && g.stride_h == 1 && g.stride_w == 1 &&
+                    g.dilation_h == 1 && g.dilation_w == 1 && !args.planar;
+  STD_TORCH_CHECK(fits, "effkernels_cpu: conv: transformed weights are for 3x3, stride 1, NHWC");
+  args.weight = floats("weight", weight, args.out_channels * taps * depth);
+  args.tile_width = transformed->size(0) == 16 ? 2 : 4;
+  const int64_t matrices = 4 * (args.tile_width + 2);
+  args.transformed =
+      floats("transformed", transformed, matrices * panels_size(args.out_channels, depth));
 }
 
 inline Images images_of(const Tensor& tensor) {  // [N, C, H, W] by shape

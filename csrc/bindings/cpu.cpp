@@ -61,7 +61,8 @@ void pointwise_conv(Tensor output, OptionalTensor mean, Tensor input, Tensor wei
 }
 
 void conv(Tensor output, Tensor input, Tensor weight, OptionalTensor scale, OptionalTensor bias,
-          std::vector<int64_t> geometry, OptionalTensor residual, int64_t activation, bool planar) {
+          std::vector<int64_t> geometry, OptionalTensor residual, int64_t activation, bool planar,
+          OptionalTensor transformed) {
   ConvArgs args{};
   args.planar = planar;
   args.dtype = dtype_of(input);
@@ -74,8 +75,7 @@ void conv(Tensor output, Tensor input, Tensor weight, OptionalTensor scale, Opti
   const int64_t values = args.in.count * args.out_height * args.out_width * channels;
   args.output = writable("output", output, args.dtype, values);
   args.geometry = geometry_of(geometry);
-  const int64_t taps = args.geometry.kernel_h * args.geometry.kernel_w;
-  args.weight = floats("weight", weight, panels_size(channels, taps * args.in.channels));
+  set_weights(args, weight, transformed);
   args.epilogue = epilogue_of(scale, bias, channels, activation);
   args.epilogue.residual = residual_of(residual, args.dtype, values);
   args.parallel = torch_threads();
@@ -228,7 +228,8 @@ STABLE_TORCH_LIBRARY(effkernels_cpu, m) {
       "Tensor? scale, Tensor? bias, Tensor? gate, Tensor? residual, int activation) -> ()");
   m.def(
       "conv(Tensor(a!) output, Tensor input, Tensor weight, Tensor? scale, Tensor? bias, "
-      "int[] geometry, Tensor? residual, int activation, bool planar) -> ()");
+      "int[] geometry, Tensor? residual, int activation, bool planar, "
+      "Tensor? transformed=None) -> ()");
   m.def(
       "squeeze_excite(Tensor(a!) output, Tensor input, Tensor reduce_weight, Tensor? reduce_bias, "
       "Tensor expand_weight, Tensor? expand_bias, int activation, int gate_activation) -> ()");

@@ -167,11 +167,11 @@ class Program {
         ConvArgs args{};
         args.planar = numbers[kPlanarAt] != 0;
         args.geometry = geometry();
-        const int64_t taps = args.geometry.kernel_h * args.geometry.kernel_w;
+        args.in = in.images(0);
         args.out_height = out.height;
         args.out_width = out.width;
         args.out_channels = out.channels;
-        args.weight = floats("weight", required(0), panels_size(out.channels, taps * in.channels));
+        set_weights(args, required(0), weight(3));
         args.epilogue = epilogue_of(weight(1), weight(2), out.channels, activation(0));
         result.args = args;
         break;

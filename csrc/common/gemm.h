@@ -45,9 +45,11 @@ constexpr int64_t kChain = 256;
 
 // Where the values of a row of A lie, from its start: one after the other, or by a table.
 struct Dense {
+  static constexpr int64_t chain = kChain;
   EFFKERNELS_INLINE int64_t operator()(int64_t c) const { return c; }
 };
 struct Table {
+  static constexpr int64_t chain = kChain;
   const int32_t* offsets;
   EFFKERNELS_INLINE int64_t operator()(int64_t c) const { return offsets[c]; }
 };
@@ -59,8 +61,8 @@ inline void gemm_tile(const float* a, int64_t a_stride, Column column, const flo
                       int64_t depth, const float* next, float* tile) {
   constexpr int kPerPanel = kPanel / Vec::size;
   constexpr int kVecs = kPanels * kPerPanel;
-  for (int64_t begin = 0; begin == 0 || begin < depth; begin += kChain) {
-    const int64_t end = min_of(depth, begin + kChain);
+  for (int64_t begin = 0; begin == 0 || begin < depth; begin += Column::chain) {
+    const int64_t end = min_of(depth, begin + Column::chain);
     Vec sums[kRows][kVecs];
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; r++) {

@@ -16,6 +16,9 @@ struct ConvArgs {
   Geometry geometry;
   Epilogue epilogue;
   Parallel parallel;
+  // For Winograd's algorithm, see winograd.h; `weight` is then as given, [K, C, 3, 3].
+  const float* transformed = nullptr;
+  int64_t tile_width = 2;  // 2 or 4 outputs of one row, and of the next
 };
 
 EFFKERNELS_OP(conv, ConvArgs)

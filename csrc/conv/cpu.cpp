@@ -8,46 +8,16 @@
 // float32, and the product reads the windows there: rows of A are a pixel's step apart, and a table
 // says where their values lie. Output rows shorter than a register tile would use each weight too
 // seldom; there the windows are written out (im2col) and make one matrix of all pixels.
+// Windows of 3x3 at stride 1 are computed otherwise where that is faster, see winograd.h.
 //
 // Ladder, EfficientNet-B0's stem (3 -> 32 channels, 112x112 outputs), one Zen 5 core, avx512:
 //   NCHW -> NHWC by PyTorch, windows written out                                        0.30 ms
 //   a band in NCHW, read through the table                                              0.15 ms
-#include "common/gemm.h"
-#include "conv/conv.h"
+#include "conv/winograd.h"
 
 namespace effkernels {
 namespace EFFKERNELS_ISA {
 namespace {
-
-// The window of output pixel (y, x): [kernel_h, kernel_w, channels] float32, zero outside.
-template <class T>
-void copy_window(const T* image, const Images& in, const Geometry& g, int64_t y, int64_t x,
-                 float* to) {
-  const int64_t tap_row = g.kernel_w * in.channels;
-  const int64_t left = x * g.stride_w - g.left;
-  const bool inside = g.dilation_w == 1 && left >= 0 && left + g.kernel_w <= in.width;
-  for (int64_t ky = 0; ky < g.kernel_h; ky++, to += tap_row) {
-    const int64_t row = y * g.stride_h - g.top + ky * g.dilation_h;
-    if (row < 0 || row >= in.height) {
-      std::memset(to, 0, static_cast<size_t>(tap_row) * sizeof(float));
-      continue;
-    }
-    const T* from = image + row * in.width * in.channels;
-    if (inside) {
-      convert_row<T>(from + left * in.channels, nullptr, tap_row, to);
-      continue;
-    }
-    for (int64_t kx = 0; kx < g.kernel_w; kx++) {
-      const int64_t column = left + kx * g.dilation_w;
-      float* tap = to + kx * in.channels;
-      if (column < 0 || column >= in.width) {
-        std::memset(tap, 0, static_cast<size_t>(in.channels) * sizeof(float));
-      } else {
-        convert_row<T>(from + column * in.channels, nullptr, in.channels, tap);
-      }
-    }
-  }
-}
 
 template <class T>
 void run_windows(const ConvArgs& args) {
@@ -179,7 +149,9 @@ constexpr int64_t kShortest = 14;  // outputs of a row that is worth a product o
 
 template <class T>
 void run(const ConvArgs& args) {
-  if (args.planar || args.out_width >= kShortest) {
+  if (args.transformed != nullptr) {
+    args.tile_width == 2 ? Winograd<T, 2>(args).run() : Winograd<T, 4>(args).run();
+  } else if (args.planar || args.out_width >= kShortest) {
     run_bands<T>(args);
   } else {
     run_windows<T>(args);

@@ -6,6 +6,7 @@
 // read there shows in the result.
 //
 // Prints a line per instruction set and op; exits with 1 if anything was wrong.
+#include <array>
 #include <cfloat>
 #include <limits>
 
@@ -129,6 +130,83 @@ void conv_cases(DType dtype) {
                           {}};
       verify("conv", &Kernels::conv, args, {sums(output, want, weight.depth)},
              describe(dtype, in, w, out_channels));
+    }
+  }
+}
+
+// [K, taps, C] as [K, C, taps].
+Values taps_last(const Values& weights, int64_t out_channels, int64_t channels) {
+  Values result(weights.size());
+  for (int64_t i = 0; i < out_channels * 9 * channels; i++) {
+    const int64_t k = i / channels / 9, tap = i / channels % 9, c = i % channels;
+    result[(k * channels + c) * 9 + tap] = weights[i];
+  }
+  return result;
+}
+
+// G g G' of 3x3 kernels [K, taps, C]: matrices [K, C], each in panels, for tiles of 2 x width.
+Values winograd(const Values& weights, int64_t out_channels, int64_t channels, int64_t width) {
+  const auto axis = [](int64_t outputs) -> std::vector<std::array<double, 3>> {
+    if (outputs == 2) return {{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}};
+    std::vector<std::array<double, 3>> rows = {{1 / (0.5625 * 2.25), 0, 0}};
+    for (double p : {0.75, -0.75, 1.5, -1.5}) {
+      const double q = p * p == 0.5625 ? 2.25 : 0.5625, norm = 2 * p * p * (p * p - q);
+      rows.push_back({1 / norm, p / norm, p * p / norm});
+    }
+    rows.push_back({0, 0, 1});
+    return rows;
+  };
+  const auto down = axis(2), across = axis(width);
+  const int64_t matrix = round_up(out_channels, kPanel) * channels;
+  Values result(down.size() * across.size() * matrix);
+  for (size_t m = 0; m < down.size() * across.size(); m++) {
+    for (int64_t k = 0; k < out_channels; k++) {
+      for (int64_t c = 0; c < channels; c++) {
+        double sum = 0;
+        for (int64_t tap = 0; tap < 9; tap++) {
+          sum += down[m / across.size()][tap / 3] * across[m % across.size()][tap % 3] *
+                 weights[(k * 9 + tap) * channels + c];
+        }
+        result[m * matrix + (k / kPanel * channels + c) * kPanel + k % kPanel] = sum;
+      }
+    }
+  }
+  return result;
+}
+
+void winograd_cases(DType dtype) {
+  for (const Window& w : kWindows) {
+    if (w.kernel != 3 || w.stride != 1 || w.dilation != 1) continue;
+    for (int64_t channels : kChannels) {
+      for (int64_t width : {2, 4}) {
+        const Images in{pick({1, 2}), w.height, w.width, channels};
+        const int64_t out_channels = pick({1, 3, 8, 16, 17, 33});
+        const Values x = draw(dtype, in.count * in.size());
+        const int64_t size = in.count * w.out_height() * w.out_width() * out_channels;
+        Weights weight(out_channels, 9 * channels, false);
+        Tensor given(DType::f32, taps_last(weight.values, out_channels, channels));
+        Tensor transformed(DType::f32, winograd(weight.values, out_channels, channels, width));
+        DrawnEpilogue epilogue(out_channels, dtype, coin() ? size : 0);
+        Values want = convolve(x, in, w, weight.values, out_channels, channels);
+        epilogue.apply(want);
+        Tensor input(dtype, x), output(dtype, size);
+        const ConvArgs args{dtype,
+                            output.data(),
+                            input.data(),
+                            false,
+                            in,
+                            w.out_height(),
+                            w.out_width(),
+                            out_channels,
+                            given.floats(),
+                            w.geometry(),
+                            epilogue.pointers(),
+                            {},
+                            transformed.floats(),
+                            width};
+        verify("conv", &Kernels::conv, args, {sums(output, want, weight.depth)},
+               describe(dtype, in, w, out_channels));
+      }
     }
   }
 }
@@ -334,6 +412,7 @@ int main() {
     depthwise_conv_cases(dtype);
     pointwise_conv_cases(dtype);
     conv_cases(dtype);
+    winograd_cases(dtype);
     squeeze_excite_cases(dtype);
     silu_cases(dtype);
     batch_norm_act_cases(dtype);
