@@ -49,17 +49,18 @@ def assert_close_to(
         assert torch.equal(
             torch.nan_to_num(got[special], nan=0.5), torch.nan_to_num(expected[special], nan=0.5)
         ), f"{name}: NaN or infinity differ"
-        keep = ~special & stock.isfinite()
-        expected, got, stock = expected[keep], got[keep], stock[keep]
+        expected, got, stock = expected[~special], got[~special], stock[~special]
         if expected.numel() == 0:
             return
+    # (PyTorch 2.14's bfloat16 convolution has NaN of its own on CPUs with AMX now and then.)
+    own_error = torch.where(stock.isfinite(), stock - expected, 0.0)
     epsilon = max(0.5 * torch.finfo(actual.dtype).eps, 2 * torch.finfo(torch.float32).eps)
     for measure, size in ((torch.linalg.vector_norm, "norm"), (_largest, "largest element")):
         error = float(measure(got - expected))
-        allowed = FACTOR * float(measure(stock - expected)) + epsilon * float(measure(expected))
+        allowed = FACTOR * float(measure(own_error)) + epsilon * float(measure(expected))
         assert error <= allowed, (
             f"{name}: {size} of the error is {error:.3e}, {allowed:.3e} is allowed "
-            f"(PyTorch's own {float(measure(stock - expected)):.3e}, "
+            f"(PyTorch's own {float(measure(own_error)):.3e}, "
             f"of the reference {float(measure(expected)):.3e})"
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import effkernels as ek
-from effkernels.testing import assert_close_to
+from effkernels.testing import FACTOR, assert_close_to, relative_error
 
 
 def make_realistic(network: nn.Module) -> nn.Module:
@@ -59,6 +60,36 @@ def everything_as_modules() -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+class Errors:
+    """Errors of a network and of PyTorch, over draws of weights and images.
+
+    A deep network with random weights amplifies a few early roundings: of one draw PyTorch's own
+    error is up to nine times as large in NCHW as in channels_last, or the other way round. Over a
+    dozen draws the ratio says which of two networks rounds more.
+    """
+
+    def __init__(self) -> None:
+        self.ratios: list[float] = []
+
+    @torch.no_grad()
+    def add(self, original: nn.Module, image: Tensor, *results: Tensor) -> None:
+        """Compare ``results`` for ``image`` with what ``original`` makes of it in float64."""
+        exact = copy.deepcopy(original).double()(image.double())
+        for result in results:
+            assert result.shape == exact.shape and result.dtype == image.dtype
+            own = max(
+                relative_error(original(image.contiguous(memory_format=layout)), exact)
+                for layout in (torch.contiguous_format, torch.channels_last)
+            )
+            self.ratios.append((relative_error(result, exact) + 1e-7) / (own + 1e-7))
+
+    def check(self) -> None:
+        """In the (geometric) mean at most FACTOR times PyTorch's own, and never far from it."""
+        mean = statistics.geometric_mean(self.ratios)
+        assert mean <= FACTOR, f"{mean:.2f} times PyTorch's error: {self.ratios}"
+        assert max(self.ratios) <= 10 * FACTOR, f"times PyTorch's error: {self.ratios}"
 
 
 def assert_networks_agree(

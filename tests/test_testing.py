@@ -40,6 +40,17 @@ def test_errors_beyond_those_of_pytorch_fail(exact, dtype):
     assert_close_to(exact, wrong, wrong)  # PyTorch errs as much: accepted
 
 
+def test_nan_of_pytorch_itself_is_no_excuse(exact):
+    """Where the baseline is NaN it allows nothing, and what is tested must be right."""
+    stock = exact.float()
+    stock[3] = float("nan")
+    assert_close_to(exact, exact.float(), stock)
+    with pytest.raises(AssertionError, match="norm of the error is"):
+        assert_close_to(exact, exact.float() * 1.01, stock)
+    with pytest.raises(AssertionError, match="norm of the error is"):
+        assert_close_to(exact, stock, stock)
+
+
 def test_one_wrong_element_fails(exact):
     """The norm of a thousand hides it, the largest does not."""
     stock = exact.float() * (1 + 1e-6)
