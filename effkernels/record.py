@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from . import native
 from .dispatch import operators, select
 from .fuse_blocks import fuse_blocks
+from .layout import output_size
 from .program import Call, Cover, Kind, Replay, Step, Value
 from .simplify import simplify
 
@@ -72,12 +73,16 @@ def record(
         function: of one tensor; its result may be a tensor, or a list, tuple or dict of them.
         input: [N, ...], in plain inference (no gradients, no autocast).
         pure: ``function`` may be called more often than once. It is then recorded on the first
-            image alone if that is enough, which takes a batch's share of the memory and time.
+            image alone if that is enough, which takes a batch's share of the memory and time, and
+            without computing convolutions if nothing asks for their values.
     """
     if pure and input.dim() == 4 and input.shape[0] > 1:
         _, replay = record(function, input[:1])
         if replay is not None and replay.any_batch:
             return replay(input), replay
+    replay = _rehearse(function, input) if pure else None
+    if replay is not None:
+        return replay(input), replay
     recorder = Recorder(input)
     with recorder:
         output = function(input)
@@ -88,16 +93,33 @@ def record(
     return replay(input), replay  # not `output`: the first call must not differ in its last bits
 
 
+def _rehearse(function: Callable[[Tensor], Any], input: Tensor) -> Replay | None:
+    """A replay of ``function`` without its large results: EfficientNet-B0's first call took 56 ms,
+    17 of them for values that nobody saw. None: it has to be recorded as it really runs.
+    """
+    recorder = Recorder(input, compute=False)
+    try:
+        with recorder:
+            output = function(input)
+        return recorder.finish(output)
+    except Exception:  # of zeros, perhaps, and not of the values themselves
+        return None
+
+
 class _Notes:
     """The ops of one forward pass on ``input``.
 
     ``names``: what the tensors of these ids are called, for the steps' ``covers``.
+    ``compute``: False if zeros will do as results of convolutions and activations.
 
     Apart from :class:`Recorder` because TorchDispatchMode wraps what its subclasses define, to hide
     it from torch.compile, and the first call through that wrapper imports the compiler: a second.
     """
 
-    def __init__(self, input: Tensor, names: Mapping[int, str] | None = None) -> None:
+    def __init__(
+        self, input: Tensor, names: Mapping[int, str] | None = None, compute: bool = True
+    ) -> None:
+        self._compute = compute
         self.steps: list[Step | Call] = []
         self._modules = dict(names or {})
         self.input = Value(tuple(input.shape), input.dtype)
@@ -120,7 +142,9 @@ class _Notes:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        result = func(*args, **kwargs)
+        result = None if self._compute else self._zeros(func, args)
+        if result is None:
+            result = func(*args, **kwargs)
         if self._reason is None:
             noted = len(self.steps)
             try:
@@ -130,6 +154,22 @@ class _Notes:
             if self._modules:
                 self._attribute(func, (args, kwargs), result, self.steps[noted:])
         return result
+
+    def _zeros(self, func: Any, args: tuple[Any, ...]) -> Tensor | None:
+        """A tensor like the result of an expensive op on a value, None for any other op."""
+        if func in _ACTIVATIONS and self._find(args[0]) is not None:
+            return args[0] if func._schema.is_mutable else torch.zeros_like(args[0])
+        if func is not aten.convolution.default or self._find(args[0]) is None:
+            return None
+        x, weight, _, stride, padding, dilation, transposed, _, _ = args
+        if x.dim() != 4 or transposed:
+            return None
+        stride, padding, dilation = ((list(each) * 2)[:2] for each in (stride, padding, dilation))
+        sides = [padding[1], padding[1], padding[0], padding[0]]
+        size = output_size(x.shape[2:], weight.shape[2:], stride, sides, dilation)
+        if x.is_contiguous() and weight.is_contiguous():
+            return torch.zeros(x.shape[0], weight.shape[0], *size, dtype=x.dtype)
+        return torch.zeros(x.shape[0], *size, weight.shape[0], dtype=x.dtype).permute(0, 3, 1, 2)
 
     def finish(self, output: Any) -> Replay:
         """How to get ``output``, the result of the forward pass, for another input.
@@ -153,11 +193,11 @@ class _Notes:
         return Replay(self.input, steps, values, structure)
 
     def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+        tensors = _tensors(args, *kwargs.values())
         found = [value for value in map(self._find, tensors) if value is not None]
         if not found:
             self._check_constant(func, tensors)
-            made = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)]
+            made = _tensors(result)
             storages = {tensor.untyped_storage()._cdata for tensor in tensors}
             for tensor in made:  # views are somebody else's memory
                 if tensor.untyped_storage()._cdata not in storages:
@@ -289,7 +329,7 @@ class _Notes:
             return False
         if select(operator, args) is not operator.implementations["native"]:
             return False
-        others = [leaf for leaf in tree_flatten(args[1:])[0] if isinstance(leaf, Tensor)]
+        others = _tensors(args[1:])
         depends = [value for value in map(self._find, others) if value is not None]
         step = _LOWER[operator.name](args, input, self._find)
         if step is None or any(value is not step.residual for value in depends):
@@ -342,9 +382,22 @@ class _Notes:
 class Recorder(_Notes, TorchDispatchMode):
     """Notes the ops of one forward pass on ``input``."""
 
-    def __init__(self, input: Tensor, names: Mapping[int, str] | None = None) -> None:
+    def __init__(
+        self, input: Tensor, names: Mapping[int, str] | None = None, compute: bool = True
+    ) -> None:
         TorchDispatchMode.__init__(self)
-        _Notes.__init__(self, input, names)
+        _Notes.__init__(self, input, names, compute)
+
+
+def _tensors(*values: Any) -> list[Tensor]:
+    """The tensors among arguments or results (tree_flatten takes a tenth of a recording)."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _tensors(*value)
+    return found
 
 
 def _same_in_memory(tensor: Tensor, size: Any, stride: Any, offset: Any = None) -> bool:

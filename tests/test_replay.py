@@ -517,3 +517,29 @@ def test_programs_are_freed_and_check_their_arguments() -> None:
     del program, replay
     with pytest.raises(RuntimeError, match="no program"):
         run(handle, [x, output])
+
+
+@torch.no_grad()
+def test_recording_computes_nothing_unless_asked_for_values(image: Tensor) -> None:
+    """A network that looks at its values is recorded with them, or not at all."""
+    a, seen = conv(), []
+
+    class Looks(nn.Module):
+        def __init__(self, branch: bool) -> None:
+            super().__init__()
+            self.a, self.branch = a, branch
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(1)
+            y = self.a(x)
+            if self.branch and float(y.abs().max()) == 0.0:
+                raise ValueError("only zeros")
+            return y
+
+    x = torch.randn(1, 8, 6, 6)
+    for branch, calls in ((False, 1), (True, 3)):
+        seen.clear()
+        frozen = ek.freeze(Looks(branch))
+        for _ in range(2):
+            assert torch.allclose(frozen(x), a(x), atol=1e-5)
+        assert len(seen) == calls  # rehearsed; rehearsed in vain, recorded, and run as it is
