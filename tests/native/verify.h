@@ -110,6 +110,7 @@ void verify(const char* op, void (*Kernels::*kernel)(const Args&), Args args,
             const std::vector<Expected>& outputs, const std::string& what) {
   for (const Kernels& kernels : kKernels) {
     if (!kernels.supported) continue;
+    const FlushDenormals flush;  // as around every op (common/isa.h)
     Tally& tally = tallies[{kernels.isa, op}];
     std::string problem;
     std::vector<Tensor> alone;
