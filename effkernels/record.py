@@ -76,13 +76,14 @@ def record(
             image alone if that is enough, which takes a batch's share of the memory and time, and
             without computing convolutions if nothing asks for their values.
     """
-    if pure and input.dim() == 4 and input.shape[0] > 1:
-        _, replay = record(function, input[:1])
-        if replay is not None and replay.any_batch:
-            return replay(input), replay
-    replay = _rehearse(function, input) if pure else None
-    if replay is not None:
-        return replay(input), replay
+    if pure:
+        batch = input.dim() == 4 and input.shape[0] > 1
+        for example in (input[:1], input) if batch else (input,):
+            replay = _rehearse(function, example)
+            if replay is None:
+                break
+            if replay.any_batch or example is input:
+                return replay(input), replay
     recorder = Recorder(input)
     with recorder:
         output = function(input)
@@ -161,12 +162,10 @@ class _Notes:
             return args[0] if func._schema.is_mutable else torch.zeros_like(args[0])
         if func is not aten.convolution.default or self._find(args[0]) is None:
             return None
-        x, weight, _, stride, padding, dilation, transposed, _, _ = args
+        x, weight, _, *geometry, transposed, _, _ = args
         if x.dim() != 4 or transposed:
             return None
-        stride, padding, dilation = ((list(each) * 2)[:2] for each in (stride, padding, dilation))
-        sides = [padding[1], padding[1], padding[0], padding[0]]
-        size = output_size(x.shape[2:], weight.shape[2:], stride, sides, dilation)
+        size = output_size(x.shape[2:], weight.shape[2:], *_in_pairs(*geometry))
         if x.is_contiguous() and weight.is_contiguous():
             return torch.zeros(x.shape[0], weight.shape[0], *size, dtype=x.dtype)
         return torch.zeros(x.shape[0], *size, weight.shape[0], dtype=x.dtype).permute(0, 3, 1, 2)
@@ -231,7 +230,8 @@ class _Notes:
 
     def _attribute(self, func: Any, arguments: Any, result: Any, steps: list[Step | Call]) -> None:
         """Write down whose parameters ``func`` was called with."""
-        tensors = [leaf for leaf in tree_flatten(arguments)[0] if isinstance(leaf, Tensor)]
+        args, kwargs = arguments
+        tensors = _tensors(args, *kwargs.values())
         modules = tuple(
             dict.fromkeys(self._modules[id(t)] for t in tensors if id(t) in self._modules)
         )
@@ -308,13 +308,11 @@ class _Notes:
             or (bias is not None and self._find(bias) is not None)
         ):
             return False
-        pad_h, pad_w = (list(padding) * 2)[:2]
-        sides = [pad_w, pad_w, pad_h, pad_h]
-        geometry = [(list(stride) * 2)[:2], sides, (list(dilation) * 2)[:2]]
+        geometry = stride, sides, _ = _in_pairs(stride, padding, dilation)
         pack = native.pack_depthwise_conv if depthwise else native.pack_conv
         kind = Kind.DEPTHWISE_CONV if depthwise else Kind.CONV
         planar = not depthwise and native.is_planar(x)
-        if not depthwise and kernel == [1, 1] and not any(sides) and geometry[0] == [1, 1]:
+        if not depthwise and kernel == [1, 1] and not any(sides) and stride == [1, 1]:
             kind, planar = Kind.POINTWISE_CONV, False
         packed = pack(x, weight, None, bias, *geometry, "none")
         step = Step(kind, input, self._new(result), packed.weights, packed.activations)
@@ -387,6 +385,13 @@ class Recorder(_Notes, TorchDispatchMode):
     ) -> None:
         TorchDispatchMode.__init__(self)
         _Notes.__init__(self, input, names, compute)
+
+
+def _in_pairs(stride: Any, padding: Any, dilation: Any) -> tuple[list[int], list[int], list[int]]:
+    """aten.convolution's geometry, whose lists may have one number for both axes, as ops take it:
+    stride, padding as (left, right, top, bottom), dilation."""
+    stride, padding, dilation = ((list(each) * 2)[:2] for each in (stride, padding, dilation))
+    return stride, [padding[1]] * 2 + [padding[0]] * 2, dilation
 
 
 def _tensors(*values: Any) -> list[Tensor]:
