@@ -27,6 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import triton
+
 __all__ = ["Backend", "BackendUnavailable", "backends", "use_backend"]
 
 logger = logging.getLogger("effkernels")
@@ -65,6 +67,8 @@ class Implementation:
 
     can_run: Callable[..., str | None]
     run: Callable[..., Any]
+    # Gradient kernels, called as :func:`define` says; None: the op's own formula serves.
+    backward: Callable[..., Any] | None = None
 
 
 @dataclass
@@ -114,10 +118,6 @@ def use_backend(name: str) -> Iterator[None]:
         _choice.reset(token)
 
 
-def _triton_status() -> Backend:
-    return Backend(False, "this version of effkernels has no Triton kernels")
-
-
 def _native_status() -> Backend:
     from . import native
 
@@ -131,7 +131,7 @@ def backends() -> dict[str, Backend]:
     """Every backend with whether it can be used in this process and the reason."""
     return {
         "native": _native_status(),
-        "triton": _triton_status(),
+        "triton": Backend(*triton.status()),
         "reference": Backend(True, "plain PyTorch"),
     }
 
@@ -160,7 +160,7 @@ def select(operator: Operator, arguments: tuple[Any, ...]) -> Implementation:
 def _why_not(operator: Operator, backend: str, arguments: tuple[Any, ...]) -> str | None:
     implementation = operator.implementations.get(backend)
     if implementation is None:
-        return _triton_status().reason if backend == "triton" else f"no {backend} implementation"
+        return f"no {backend} implementation"
     return implementation.can_run(*arguments)
 
 
@@ -179,8 +179,12 @@ def define(
     fake: Callable[..., Any],
     native: Implementation,
     backward: Callable[..., Any] | None = None,
+    saves: tuple[int, ...] = (),
 ) -> torch._ops.OpOverload:
     """Declare ``effkernels::<name>`` and return its overload.
+
+    The Triton implementation and its backward are the functions ``<name>`` and ``<name>_backward``
+    of ``effkernels/triton/<op>.py``.
 
     Args:
         name: the op's one name.
@@ -188,14 +192,19 @@ def define(
         reference: the op in plain, differentiable PyTorch.
         fake: the shape rule, called with fake tensors.
         native: the compiled implementation.
-        backward: the gradient formula ``(arguments, needed, outputs, gradients) -> tuple``, or
-            None to differentiate ``reference`` (recomputing it in the backward pass).
+        backward: the gradient formula ``(arguments, needed, saved, gradients) -> tuple``, or None
+            to differentiate ``reference`` (recomputing it in the backward pass). ``saved`` are the
+            outputs that ``saves`` names; NotImplemented as a result means the same as None.
+        saves: which outputs the backward pass is given.
     """
     _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     overload = getattr(torch.ops.effkernels, name).default
     operator = Operator(name, overload)
     operator.implementations["reference"] = Implementation(lambda *_: None, reference)
     operator.implementations["native"] = native
+    operator.implementations["triton"] = Implementation(
+        triton.can_run, triton.function(name), triton.function(f"{name}_backward")
+    )
     operators[name] = operator
 
     def kernel(*arguments: Any) -> Any:
@@ -205,27 +214,90 @@ def define(
     torch.library.register_fake(f"effkernels::{name}", fake, lib=_library)
     torch.library.register_autograd(
         f"effkernels::{name}",
-        _make_backward(reference, backward),
-        setup_context=_setup_context,
+        _make_backward(operator, reference, backward, _define_backward(name, schema)),
+        setup_context=_make_setup_context(saves),
         lib=_library,
     )
     return overload
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    tensors = [value for value in inputs if isinstance(value, Tensor)]
-    ctx.save_for_backward(*tensors)
-    ctx.constants = [None if isinstance(value, Tensor) else (value,) for value in inputs]
-    ctx.set_materialize_grads(False)
+def _define_backward(name: str, schema: str) -> torch._ops.OpOverload:
+    """``effkernels::<name>_backward``, a backend's own gradient kernels as one opaque op.
+
+    It takes the gradients of the outputs, the saved outputs, the op's arguments and which of them
+    need a gradient, and gives those gradients, each laid out like its argument.
+    """
+    arguments = schema[1 : schema.index(") ->")]
+    backward = f"{name}_backward"
+    _library.define(
+        f"{backward}(Tensor?[] gradients, Tensor[] saved, bool[] needed, {arguments}) -> Tensor[]",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
+
+    def kernel(
+        gradients: list[Tensor | None], saved: list[Tensor], needed: list[bool], *arguments: Any
+    ) -> list[Tensor]:
+        formula = select(operators[name], arguments).backward
+        assert formula is not None
+        results = formula(list(arguments), needed, tuple(saved), tuple(gradients))
+        return [
+            _laid_out_like(argument, result)
+            for argument, result, need in zip(arguments, results, needed, strict=True)
+            if need
+        ]
+
+    def fake(
+        gradients: list[Tensor | None], saved: list[Tensor], needed: list[bool], *arguments: Any
+    ) -> list[Tensor]:
+        return [torch.empty_like(a) for a, need in zip(arguments, needed, strict=True) if need]
+
+    _library.impl(backward, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"effkernels::{backward}", fake, lib=_library)
+    return getattr(torch.ops.effkernels, backward).default
 
 
-def _make_backward(reference: Callable[..., Any], formula: Callable[..., Any] | None) -> Any:
+def _laid_out_like(argument: Tensor, result: Tensor | None) -> Tensor:
+    if result is None:  # no output that got a gradient depends on it
+        return torch.zeros_like(argument)
+    layout = torch.empty_like(argument, device="meta")
+    if result.stride() == layout.stride() and result.dtype == argument.dtype:
+        return result
+    return torch.empty_like(argument).copy_(result)
+
+
+def _make_setup_context(saves: tuple[int, ...]) -> Callable[..., None]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        outputs = output if isinstance(output, tuple) else (output,)
+        tensors = [value for value in inputs if isinstance(value, Tensor)]
+        ctx.save_for_backward(*tensors, *(outputs[index] for index in saves))
+        ctx.constants = [None if isinstance(value, Tensor) else (value,) for value in inputs]
+        ctx.choice = requested()  # CUDA's backward passes run in threads of their own
+        ctx.set_materialize_grads(False)
+
+    return setup_context
+
+
+def _make_backward(
+    operator: Operator,
+    reference: Callable[..., Any],
+    formula: Callable[..., Any] | None,
+    opaque: torch._ops.OpOverload,
+) -> Any:
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        saved = iter(ctx.saved_tensors)
-        arguments = [next(saved) if constant is None else constant[0] for constant in ctx.constants]
+        tensors = iter(ctx.saved_tensors)
+        arguments = [
+            next(tensors) if constant is None else constant[0] for constant in ctx.constants
+        ]
+        saved = tuple(tensors)
         needed = list(ctx.needs_input_grad)
+        # A double backward goes through what can be differentiated once more.
+        if not torch.is_grad_enabled() and any(needed):
+            with use_backend(ctx.choice):
+                if select(operator, tuple(arguments)).backward is not None:
+                    results = iter(opaque(list(gradients), list(saved), needed, *arguments))
+                    return tuple(next(results) if need else None for need in needed)
         if formula is not None:
-            result = formula(arguments, needed, gradients)
+            result = formula(arguments, needed, saved, gradients)
             if result is not NotImplemented:
                 return result
         return _differentiate(reference, arguments, needed, gradients)

@@ -11,6 +11,10 @@ from hypothesis import HealthCheck, settings
 
 import effkernels as ek
 
+# Before anything imports Triton: without a GPU its kernels run in the interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("default", max_examples=25, **_COMMON)
 # The same examples on every machine: a red run can be repeated.

@@ -195,7 +195,12 @@ def _fake(
     return output, mean, torch.empty_like(mean)
 
 
-def _backward(arguments: list[Any], needed: list[bool], gradients: tuple[Any, ...]) -> Any:
+def _backward(
+    arguments: list[Any],
+    needed: list[bool],
+    saved: tuple[Tensor, ...],
+    gradients: tuple[Any, ...],
+) -> Any:
     input, weight, bias, _, _, residual, training, eps, activation = arguments
     gradient, mean_gradient, var_gradient = gradients
     if (
@@ -206,7 +211,7 @@ def _backward(arguments: list[Any], needed: list[bool], gradients: tuple[Any, ..
         or torch.is_grad_enabled()  # double backward: differentiate the reference instead
     ):
         return NotImplemented
-    mean, var = _statistics(input)
+    mean, var = saved
     if activation != "none":
         before = _normalize(input, weight, bias, mean, var, residual, eps)
         gradient = activation_gradient(gradient.to(before.dtype), before, activation)
@@ -241,4 +246,5 @@ _op = define(
     fake=_fake,
     native=Implementation(native.can_run, native.batch_norm_act),
     backward=_backward,
+    saves=(1, 2),
 )

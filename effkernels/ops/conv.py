@@ -129,7 +129,12 @@ def _fake(
     return empty_nhwc(input, weight.shape[0], *size)
 
 
-def _backward(arguments: list[Any], needed: list[bool], gradients: tuple[Any, ...]) -> Any:
+def _backward(
+    arguments: list[Any],
+    needed: list[bool],
+    saved: tuple[Tensor, ...],
+    gradients: tuple[Any, ...],
+) -> Any:
     input, weight, scale, _, stride, padding, dilation, _, activation = arguments
     (gradient,) = gradients
     if activation != "none" or scale is not None or gradient is None:

@@ -117,7 +117,12 @@ def _fake(
     return empty_nhwc(input, channels, *size), mean
 
 
-def _backward(arguments: list[Any], needed: list[bool], gradients: tuple[Any, ...]) -> Any:
+def _backward(
+    arguments: list[Any],
+    needed: list[bool],
+    saved: tuple[Tensor, ...],
+    gradients: tuple[Any, ...],
+) -> Any:
     input, weight, scale, _, stride, padding, dilation, activation, _ = arguments
     gradient, mean_gradient = gradients
     if activation != "none" or scale is not None or mean_gradient is not None or gradient is None:

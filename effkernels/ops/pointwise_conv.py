@@ -139,7 +139,12 @@ def _fake(
     return empty_nhwc(input, channels, *input.shape[2:]), mean
 
 
-def _backward(arguments: list[Any], needed: list[bool], gradients: tuple[Any, ...]) -> Any:
+def _backward(
+    arguments: list[Any],
+    needed: list[bool],
+    saved: tuple[Tensor, ...],
+    gradients: tuple[Any, ...],
+) -> Any:
     input, weight, scale, _, gate, _, activation, _ = arguments
     gradient, mean_gradient = gradients
     if (

@@ -53,7 +53,12 @@ def _fake(input: Tensor, activation: str) -> Tensor:
     return torch.empty_like(input)
 
 
-def _backward(arguments: list[Any], needed: list[bool], gradients: tuple[Any, ...]) -> Any:
+def _backward(
+    arguments: list[Any],
+    needed: list[bool],
+    saved: tuple[Tensor, ...],
+    gradients: tuple[Any, ...],
+) -> Any:
     input, name = arguments
     (gradient,) = gradients
     return (None if gradient is None else activation_gradient(gradient, input, name), None)
