@@ -203,7 +203,7 @@ def define(
     operator.implementations["reference"] = Implementation(lambda *_: None, reference)
     operator.implementations["native"] = native
     operator.implementations["triton"] = Implementation(
-        triton.can_run, triton.function(name), triton.function(f"{name}_backward")
+        triton.can_run, triton.function(name), triton.function(name, f"{name}_backward")
     )
     operators[name] = operator
 

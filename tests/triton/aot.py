@@ -51,7 +51,7 @@ def launches(calls: Iterable[Callable[[], Any]], device: Device) -> list[Launch]
 
 @functools.cache
 def _run_on_meta() -> torch.library.Library:
-    """From now on this process runs ops on meta tensors as on any others, and not their shape rule."""
+    """From now on this process runs ops on meta tensors, too, in place of their shape rules."""
     library = torch.library.Library("effkernels", "IMPL")
     for operator in operators.values():
         for name in (operator.name, f"{operator.name}_backward"):
