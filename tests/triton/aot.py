@@ -102,7 +102,11 @@ def compile_launch(launch: Launch, capability: int) -> Any:
         constexprs=dict(launch.constants),
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned},
     )
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options = {
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+        "maxnreg": launch.max_registers,
+    }
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
