@@ -177,7 +177,7 @@ def define(
     *,
     reference: Callable[..., Any],
     fake: Callable[..., Any],
-    native: Implementation,
+    native: Implementation | None,
     backward: Callable[..., Any] | None = None,
     saves: tuple[int, ...] = (),
 ) -> torch._ops.OpOverload:
@@ -191,7 +191,7 @@ def define(
         schema: argument and result types in PyTorch's schema language; no defaults.
         reference: the op in plain, differentiable PyTorch.
         fake: the shape rule, called with fake tensors.
-        native: the compiled implementation.
+        native: the compiled implementation, None if there is none.
         backward: the gradient formula ``(arguments, needed, saved, gradients) -> tuple``, or None
             to differentiate ``reference`` (recomputing it in the backward pass). ``saved`` are the
             outputs that ``saves`` names; NotImplemented as a result means the same as None.
@@ -201,7 +201,8 @@ def define(
     overload = getattr(torch.ops.effkernels, name).default
     operator = Operator(name, overload)
     operator.implementations["reference"] = Implementation(lambda *_: None, reference)
-    operator.implementations["native"] = native
+    if native is not None:
+        operator.implementations["native"] = native
     operator.implementations["triton"] = Implementation(
         triton.can_run, triton.function(name), triton.function(name, f"{name}_backward")
     )

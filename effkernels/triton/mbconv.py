@@ -9,7 +9,7 @@ Four launches, three without squeeze-and-excitation ("level B": every tensor is 
 read once). Where the expanded tensor would not stay in the L2, its product runs inside the
 depthwise kernel (`expand_depthwise`, "level C"), and three launches are left, or two.
 
-B0's blocks at batch 256 in bfloat16 move 27.4 MB an image at level B and 13.9 at C; at 3.0 TB/s that
+At batch 256 in bfloat16 B0 moves 27.4 MB an image at level B and 13.9 at C; at 3.0 TB/s that
 is 109,000 and 216,000 images/s. No GPU has run this.
 """
 

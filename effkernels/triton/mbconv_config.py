@@ -102,3 +102,24 @@ def promise(launch: Launch) -> Promise:
     """Two programs of 8 warps on a processor, products on tensor cores."""
     vectored = is_vectored(launch)
     return Promise(warps=16, vector_loads=vectored, vector_stores=vectored, tensor_cores=True)
+
+
+@dataclass(frozen=True)
+class SumsConfig:
+    """Sizes of `image_sums`: a program adds ``block_pixels`` pixels of ``channels`` channels."""
+
+    block_pixels: int
+    rows: int  # read at a time
+    channels: int
+    num_warps: int
+
+
+def sums_heuristic(images: int, pixels: int, channels: int, device: Device) -> SumsConfig:
+    """Rows of 64 channels, 8 values a thread, whose five sums take 40 registers.
+
+    As many blocks of pixels as give every processor eight programs of four warps, but no shorter
+    than the 16 rows that are read at a time.
+    """
+    per_image = -(-8 * device.processors // (images * -(-channels // 64)))
+    block_pixels = max(-(-pixels // per_image), 16)
+    return SumsConfig(-(-block_pixels // 16) * 16, 16, 64, 4)
