@@ -157,6 +157,16 @@ def select(operator: Operator, arguments: tuple[Any, ...]) -> Implementation:
     raise AssertionError("the reference backend runs every call")
 
 
+def runs_on(op: str, backend: str, input: Tensor) -> bool:
+    """Whether ``op`` of ``input`` runs on ``backend`` here, as far as ``input`` decides."""
+    choice = requested()
+    order = AUTO_ORDER.get(input.device.type, DEFAULT_ORDER)
+    for name in order if choice == "auto" else (choice,):
+        if _why_not(operators[op], name, (input,)) is None:
+            return name == backend
+    return False
+
+
 def _why_not(operator: Operator, backend: str, arguments: tuple[Any, ...]) -> str | None:
     implementation = operator.implementations.get(backend)
     if implementation is None:
