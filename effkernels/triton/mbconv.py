@@ -165,3 +165,103 @@ def mbconv(input: Tensor, *arguments: Any) -> Tensor:
         gate_activation,
         project_activation,
     )
+
+
+def mbconv_backward(
+    arguments: list[Any],
+    needed: list[bool],
+    saved: tuple[Tensor, ...],
+    gradients: tuple[Tensor | None, ...],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of :func:`mbconv` for its arguments."""
+    (upstream,) = gradients
+    if upstream is None:
+        return (None,) * len(arguments)
+    residual = nhwc(arguments[0]) if arguments[17] else None
+    block_arguments = [*arguments[:17], residual, *arguments[18:]]
+    *results, for_residual = block_gradients(
+        block_arguments, [*needed[:14], needed[0] and residual is not None], upstream
+    )
+    if for_residual is not None:
+        results[0] = results[0] + for_residual
+    return (*results, *[None] * (len(arguments) - 14))
+
+
+def block_gradients(
+    arguments: list[Any], needed: list[bool], upstream: Tensor
+) -> list[Tensor | None]:
+    """The gradients of :func:`block`, from the convolutions' own, running it again in between.
+
+    For training with frozen BatchNorms; `mbconv_training` is for the others.
+
+    Args:
+        arguments: of :func:`block`, in its order.
+        needed: for the 14 tensors that ``arguments`` begin with, and for the residual.
+        upstream: [N, K, H', W'].
+    """
+    input, *weights = arguments[:14]
+    stride, padding, dilation, residual, activation, *activations, project_activation = arguments[
+        14:
+    ]
+    expand, depthwise_weights = weights[:3], weights[3:6]
+    squeeze, project = weights[6:10], weights[10:13]
+    gated, expands = squeeze[0] is not None, expand[0] is not None
+
+    # Forward
+    expand_arguments = [nhwc(input), *expand, None, None, activation, False]
+    expanded = pointwise.pointwise_conv(*expand_arguments)[0] if expands else nhwc(input)
+    depthwise_arguments = [
+        expanded,
+        *depthwise_weights,
+        stride,
+        padding,
+        dilation,
+        activation,
+        gated,
+    ]
+    hidden, mean = depthwise.depthwise_conv(*depthwise_arguments)
+    gate_arguments = [mean, *squeeze, *activations]
+    gate = excite.squeeze_excite_gate(*gate_arguments) if gated else None
+    project_arguments = [hidden, *project, gate, residual, project_activation, False]
+
+    # Backward; what comes before a stage is needed if anything there is.
+    before_depthwise = any(needed[:4])
+    before_gate = any(needed[:7])
+    before_project = any(needed[:11])
+    for_hidden, *for_project, for_gate, for_residual, _, _ = pointwise.pointwise_conv_backward(
+        project_arguments,
+        [
+            before_gate,
+            *needed[11:14],
+            gated and before_project,
+            needed[14],
+            False,
+            False,
+        ],
+        (),
+        (upstream, None),
+    )
+    for_mean, for_squeeze = None, [None] * 4
+    if gated and before_project:
+        for_mean, *for_squeeze = excite.squeeze_excite_gate_backward(
+            gate_arguments, [before_gate, *needed[7:11], False, False], (), (for_gate,)
+        )[:5]
+    for_depthwise: list[Tensor | None] = [None] * 3
+    for_expand: list[Tensor | None] = [None] * 3
+    for_input = None
+    if before_gate:
+        for_expanded, *for_depthwise = depthwise.depthwise_conv_backward(
+            depthwise_arguments,
+            [before_depthwise, *needed[4:7], False, False, False, False, False],
+            (),
+            (for_hidden, for_mean),
+        )[:4]
+        for_input = for_expanded
+        if expands and before_depthwise:
+            for_input, *for_expand = pointwise.pointwise_conv_backward(
+                expand_arguments,
+                [needed[0], *needed[1:4], False, False, False, False],
+                (),
+                (for_expanded, None),
+            )[:4]
+    return [for_input, *for_expand, *for_depthwise, *for_squeeze, *for_project, for_residual]
