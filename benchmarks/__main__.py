@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from . import inference, kernels, limits, report, shapes, targets
+from . import gpus, inference, kernels, levels, limits, report, shapes, targets
 from .machine import header
 from .networks import Network
 from .providers import OWN, PROVIDERS
@@ -86,6 +86,9 @@ def _limits(parsed: argparse.Namespace) -> list[limits.Limit]:
 
 def _layers(parsed: argparse.Namespace) -> int:
     """The suites ``kernels`` and ``roofline``."""
+    if parsed.suite == "roofline" and (parsed.gpu or parsed.device in gpus.GPUS):
+        parsed.gpu = parsed.gpu or parsed.device
+        return _levels(parsed)
     view: Callable = shapes.unfused if parsed.unfused else shapes.fused
     if parsed.suite == "kernels":
         view = list
@@ -126,6 +129,18 @@ def _layers(parsed: argparse.Namespace) -> int:
             numbered = f"{parsed.plot.stem}-{index}{parsed.plot.suffix}"
             path = parsed.plot if len(measured) == 1 else parsed.plot.with_name(numbered)
             plots.roofline(results, cases, path)
+    return 0
+
+
+def _levels(parsed: argparse.Namespace) -> int:
+    """The suite ``roofline`` for a named GPU, which need not be there."""
+    rates = gpus.named_rates(parsed.gpu)
+    networks = [Network.parse(name).label for name in parsed.models]
+    for index, name in enumerate(networks):
+        for batch in parsed.batch or [256]:
+            print(
+                "\n" * (index > 0) + levels.table(name, rates, batch, parsed.itemsize, parsed.per)
+            )
     return 0
 
 
@@ -211,6 +226,17 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--unfused", action="store_true", help="blocks layer by layer, not as one op"
             )
+            command.add_argument(
+                "--gpu",
+                choices=list(gpus.GPUS),
+                help="reckon for this GPU instead of measuring, at every level of fusion",
+            )
+            command.add_argument(
+                "--per", choices=["layer", "op"], default="layer", help="with --gpu: rows"
+            )
+            command.add_argument(
+                "--itemsize", type=int, choices=[2, 4], default=2, help="with --gpu: bytes a value"
+            )
         command.set_defaults(run=_layers, unfused=False)
     command = commands.add_parser("report", help="the README's table from a results file")
     command.add_argument("results", type=Path, metavar="RESULTS.json")
@@ -230,7 +256,8 @@ def _suite(
 ) -> argparse.ArgumentParser:
     command = commands.add_parser(suite, help=text, description=text)
     command.set_defaults(suite=suite)
-    command.add_argument("--device", choices=["cpu"], default="cpu")
+    devices = ["cpu", *(gpus.GPUS if suite == "roofline" else ())]
+    command.add_argument("--device", choices=devices, default="cpu")
     command.add_argument("--batch", type=_list(_positive), metavar="N,...", help="default: 1")
     command.add_argument("--threads", type=_list(_positive), metavar="N,...", help="default: 1")
     command.add_argument(
