@@ -1,4 +1,4 @@
-"""``python -m benchmarks kernels | models | peers | roofline | report | shapes``."""
+"""``python -m benchmarks kernels | models | peers | roofline | campaign | report | shapes``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
 from . import gpus, inference, kernels, levels, limits, report, shapes, targets
+from .campaign.plan import STAGES
 from .machine import header
 from .networks import Network
 from .providers import OWN, PROVIDERS
@@ -144,6 +147,20 @@ def _levels(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _campaign(parsed: argparse.Namespace) -> int:
+    from .campaign import plan, report, run
+
+    chosen = plan.rehearsal_plan() if parsed.device == "cpu" else plan.full_plan()
+    if parsed.dry_run:
+        print(report.dry_run(chosen, gpus.named_rates(parsed.gpu)))
+        return 0
+    if parsed.out is None:
+        raise ValueError("--out DIR is needed, except with --dry-run")
+    if parsed.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("there is no CUDA device; --dry-run lists the cases without one")
+    return run(chosen, parsed.out, parsed.only, parsed.budget_s)
+
+
 def _report(parsed: argparse.Namespace) -> int:
     results = Results({})
     results.header, results.records, results.limits = load(parsed.results)
@@ -238,6 +255,32 @@ def _parser() -> argparse.ArgumentParser:
                 "--itemsize", type=int, choices=[2, 4], default=2, help="with --gpu: bytes a value"
             )
         command.set_defaults(run=_layers, unfused=False)
+    text = "everything that a GPU can show, in stages, within minutes"
+    command = commands.add_parser("campaign", help=text, description=text)
+    command.add_argument("--out", type=Path, metavar="DIR", help="results; those there are kept")
+    command.add_argument(
+        "--only",
+        nargs="+",
+        choices=list(STAGES),
+        default=[],
+        metavar="STAGE",
+        help=f"run these again, whatever is in DIR: {', '.join(STAGES)}",
+    )
+    command.add_argument(
+        "--budget-s",
+        type=float,
+        default=570.0,
+        metavar="S",
+        help="seconds until no case is started any more (default: %(default)s)",
+    )
+    command.add_argument(
+        "--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a rehearsal, small sizes"
+    )
+    command.add_argument("--dry-run", action="store_true", help="list every case with its floor")
+    command.add_argument(
+        "--gpu", choices=list(gpus.GPUS), default="h100", help="with --dry-run: whose floors"
+    )
+    command.set_defaults(run=_campaign)
     command = commands.add_parser("report", help="the README's table from a results file")
     command.add_argument("results", type=Path, metavar="RESULTS.json")
     command.add_argument("--readme", type=Path, help="write it there, between the markers")

@@ -8,6 +8,7 @@ everything that a cache would save between one kernel and the next.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -58,13 +59,14 @@ class Work:
         )
 
 
-def network_layers(name: str) -> list[Layer]:
+@functools.cache
+def network_layers(name: str) -> tuple[Layer, ...]:
     """The layers of a network that :meth:`Network.parse` accepts, with every block as one."""
     network = Network.parse(name)
-    if network.name.startswith("efficientnet_lite0"):
-        return [_without_se(layer) for layer in network_layers(name.replace("lite0", "b0"))]
+    if network.name == "efficientnet_lite0":
+        return tuple(map(_without_se, network_layers(name.replace("lite0", "b0"))))
     known = (DIRECTORY / f"{name}.csv").exists()
-    return fused(read_layers(name) if known else layers_of(name))
+    return tuple(fused(read_layers(name) if known else layers_of(name)))
 
 
 def _without_se(layer: Layer) -> Layer:
