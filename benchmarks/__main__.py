@@ -141,9 +141,8 @@ def _levels(parsed: argparse.Namespace) -> int:
     networks = [Network.parse(name).label for name in parsed.models]
     for index, name in enumerate(networks):
         for batch in parsed.batch or [256]:
-            print(
-                "\n" * (index > 0) + levels.table(name, rates, batch, parsed.itemsize, parsed.per)
-            )
+            table = levels.table(name, rates, batch, parsed.itemsize, parsed.per, parsed.markdown)
+            print("\n" * (index > 0) + table)
     return 0
 
 
@@ -250,6 +249,11 @@ def _parser() -> argparse.ArgumentParser:
             )
             command.add_argument(
                 "--per", choices=["layer", "op"], default="layer", help="with --gpu: rows"
+            )
+            command.add_argument(
+                "--markdown",
+                action="store_true",
+                help="with --gpu: the table alone, for a document",
             )
             command.add_argument(
                 "--itemsize", type=int, choices=[2, 4], default=2, help="with --gpu: bytes a value"

@@ -123,7 +123,7 @@ def table(
     batch: int,
     itemsize: int = 2,
     per: str = "layer",
-    tablefmt: str = "simple",
+    markdown: bool = False,
 ) -> str:
     """Bytes an image, operations and floors of a network at all levels.
 
@@ -133,7 +133,7 @@ def table(
         batch: images.
         itemsize: bytes of a value.
         per: ``"layer"`` or ``"op"``.
-        tablefmt: tabulate's.
+        markdown: the table alone, as Markdown.
     """
     layers = network_layers(name)
     by_level = {level: works(layers, level) for level in LEVELS}
@@ -162,7 +162,10 @@ def table(
         *(f"{what} {level}" for what in ("MB", "ms", "launches") for level in LEVELS),
     ]
     formats = ("", ".1f", ".2f", *[".2f"] * 4, *[".3f"] * 4, *[""] * 4)
-    shown = tabulate(rows, headers, tablefmt=tablefmt, floatfmt=formats, missingval="-")
+    style = "github" if markdown else "simple"
+    shown = tabulate(rows, headers, tablefmt=style, floatfmt=formats, missingval="-")
+    if markdown:
+        return shown
     floors = [network_floor_ms(layers, level, rates, batch, itemsize) for level in LEVELS]
     speeds = [f"{level} {1e3 * batch / ms:,.0f}" for level, ms in zip(LEVELS, floors, strict=True)]
     lines = [

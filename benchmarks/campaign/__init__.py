@@ -316,7 +316,8 @@ class Campaign:
 
         def work(worker: Worker) -> None:
             while cases and not stop.is_set():
-                arguments = (cases.pop(0), self.plan.device, self.plan.dtype)
+                case, training = cases.pop(0)
+                arguments = (case, self.plan.device, self.plan.dtype, training)
                 worker.run(models.precompile, arguments, 180, lambda row: None, stop.is_set)
             worker.close()
 

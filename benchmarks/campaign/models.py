@@ -261,15 +261,23 @@ def tune_model(case: ModelCase, device: str, dtype: str, training: bool) -> Iter
     }
 
 
-def precompile(case: ModelCase, device: str, dtype: str) -> Iterator[Row]:
+def precompile(case: ModelCase, device: str, dtype: str, training: bool) -> Iterator[Row]:
     """Let ``torch.compile`` fill its cache with a network, while nothing is timed."""
     network = Network.parse(case.network)
+    type_ = getattr(torch, dtype)
     with torch.device(device):
-        module = network.build().to(getattr(torch, dtype)).to(memory_format=torch.channels_last)
+        module = network.build().to(memory_format=torch.channels_last)
         image = torch.randn(case.batch, 3, network.resolution, network.resolution)
-    image = image.to(getattr(torch, dtype)).contiguous(memory_format=torch.channels_last)
-    with torch.inference_mode():
-        _PREPARE[COMPILED](module, image)()
+        labels = torch.randint(1000, (case.batch,))
+    image = image.contiguous(memory_format=torch.channels_last)
+    if training:
+        run = _compiled(_deterministic(module).train(), image)
+        with torch.autocast(device, type_, enabled=type_ != torch.float32):
+            loss = F.cross_entropy(run(), labels)
+        loss.backward()
+    else:
+        with torch.inference_mode():
+            _compiled(module.to(type_), image.to(type_))()
     yield {"case": case.name}
 
 

@@ -36,7 +36,7 @@ class Plan:
         kernels: layers.
         inference, training: networks.
         autotune_layers, autotune_models: what the autotuner sees; models with whether they train.
-        precompiled: networks that torch.compile may work on beside the parity tests.
+        precompiled: networks that torch.compile works on beside the parity tests, likewise.
     """
 
     device: str
@@ -51,7 +51,7 @@ class Plan:
     training: tuple[ModelCase, ...]
     autotune_layers: tuple[LayerCase, ...]
     autotune_models: tuple[tuple[ModelCase, bool], ...]
-    precompiled: tuple[ModelCase, ...] = ()
+    precompiled: tuple[tuple[ModelCase, bool], ...] = ()
 
 
 def layer_cases(
@@ -161,8 +161,9 @@ def full_plan() -> Plan:
             (steps[1], True),
             *((case, False) for case in main[3:8]),
         ),
-        precompiled=tuple(
-            replace(case, kind="compile") for case in (*main[:2], main[3], main[2], main[4])
+        precompiled=(
+            *((main[0], False), (steps[0], True), (main[1], False), (steps[2], True)),
+            *((main[3], False), (steps[1], True), (main[2], False), (main[4], False)),
         ),
     )
 

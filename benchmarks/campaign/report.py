@@ -83,6 +83,17 @@ def summarize(
     return "\n\n".join(part for part in parts if part), content
 
 
+def targets_table() -> str:
+    """All targets as Markdown, for a document."""
+    rows = [
+        [target.stage, target.case.replace("*", "\\*"), target.batch, f"{words} {target.value:g}"]
+        for target in targets.read_gpu_targets()
+        for words in [f"{target.label} {target.bound}".replace("*", "\\*")]
+    ]
+    headers = ["stage", "case", "batch", "target"]
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
 def control_ratios(rows: Sequence[Row]) -> dict[str, float]:
     """Every case's control over what it repeats, by stage and task."""
     by_task: dict[str, dict[str, Row]] = {}

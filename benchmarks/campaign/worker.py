@@ -22,6 +22,7 @@ Row = dict[str, Any]
 Function = Callable[..., Iterable[Row]]
 
 POLL_S = 0.25
+MOST_HELD = 16 << 30  # bytes of GPU memory between cases
 START_S = 60.0  # a process may take this long to import what it needs, on top of its first case
 
 
@@ -135,6 +136,7 @@ def _serve(connection: Connection, log: Path) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
         os.dup2(descriptor, stream.fileno())
+    frozen = False
     while True:
         try:
             function, arguments = connection.recv()
@@ -149,22 +151,32 @@ def _serve(connection: Connection, log: Path) -> None:
             error = in_words(raised)
         sys.stdout.flush()
         sys.stderr.flush()
+        if not frozen:
+            # What was imported is there to stay; a collection took 0.25 s for it every time.
+            gc.collect()
+            gc.freeze()
+            frozen = True
         kind = "done" if clean_up() else "lost"
         connection.send((kind, error))
     os._exit(0)  # nothing is left to do, and compilers' helpers would be waited for
 
 
 def clean_up() -> bool:
-    """Free what a case left; False if the GPU no longer answers."""
+    """Free what a case left; False if the GPU no longer answers.
+
+    There are a thousand small cases: memory goes back to the driver only if much of it is held.
+    """
     import torch
 
-    torch._dynamo.reset()
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
     gc.collect()
     if not torch.cuda.is_initialized():
         return True
     try:
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()
+        if torch.cuda.memory_reserved() > MOST_HELD:
+            torch.cuda.empty_cache()
     except RuntimeError:
         return False
     return True
