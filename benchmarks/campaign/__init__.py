@@ -105,8 +105,9 @@ class Campaign:
         self._start = time.monotonic()
         self._deadline = self._start + budget_s
         environment: dict[str, str | None] = {"TRITON_INTERPRET": None}
-        if plan.device == "cpu":  # a rehearsal leaves the user's tables alone
-            environment = {"EFFKERNELS_CACHE_DIR": str(out / "cache")}
+        if plan.device == "cpu":
+            # A rehearsal leaves the user's tables alone, and other work on the machine.
+            environment = {"EFFKERNELS_CACHE_DIR": str(out / "cache"), "OMP_NUM_THREADS": "1"}
         self._environment = environment
         self._built: dict[str, Any] = {}
         self._worker = worker or Worker(out / "log.txt", environment)

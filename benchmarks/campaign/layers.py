@@ -240,7 +240,7 @@ def measure_layer(
             calls[name]()
             peaks[name] = memory.peak()
         per_call = 1
-        if device == "cuda" and case.batch <= SMALL_BATCH and not case.backward:
+        if _is_captured(case, device):
             per_call = CAPTURED_CALLS
             for name in list(calls):
                 try:
@@ -302,6 +302,10 @@ def table_path(device: str) -> Path:
 
     found = launch.device_of(torch.empty(0, device=device))
     return tune.cache_directory() / tune.table_name(found)
+
+
+def _is_captured(case: LayerCase, device: str) -> bool:
+    return device == "cuda" and case.batch <= SMALL_BATCH and not case.backward
 
 
 def _ours(layer: Subject, tensors: dict[str, Tensor], backend: str) -> Tensor:

@@ -15,6 +15,7 @@ import numpy as np
 from ..gpus import Rates
 from ..plots import _save
 from ..providers import CONTROL
+from .models import ACCELERATE, COMPILED, EAGER, FREEZE, GRAPH, MAX_AUTOTUNE
 from .report import of_floor
 from .worker import Row
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from . import StageFile
 
 MOST_LAYERS = 40
+COLOURED = (EAGER, COMPILED, MAX_AUTOTUNE, ACCELERATE, FREEZE)
 
 
 def draw(stage: str, file: StageFile, out: Path, rates: Rates) -> None:
@@ -116,7 +118,9 @@ def _throughput(rows: Sequence[Row], path: Path) -> None:
                 if row["provider"] == name:
                     best[row["batch"]] = max(best.get(row["batch"], 0.0), row["images_per_s"])
             batches = sorted(best)
-            axis.plot(batches, [best[batch] for batch in batches], marker="o", ms=3, label=name)
+            style = {"color": _colour(name), "linestyle": "-" if name.endswith(GRAPH) else "--"}
+            heights = [best[batch] for batch in batches]
+            axis.plot(batches, heights, marker="o", ms=3, label=name, **style)
         floors = {row["batch"]: 1e3 * row["batch"] / row["floor_ms"] for row in mine}
         axis.plot(sorted(floors), [floors[b] for b in sorted(floors)], "k:", label="floor")
         axis.set(xscale="log", yscale="log", xlabel="batch", ylabel="images/s")
@@ -161,13 +165,20 @@ def _grouped(axis: Any, rows: Sequence[Row], column: str, title: str, scale: flo
     for index, name in enumerate(names):
         values = {(r["case"], r["batch"]): r[column] for r in found if r["provider"] == name}
         heights = [values.get(case, 0.0) / scale for case in cases]
-        axis.bar(np.arange(len(cases)) + index * width, heights, width, label=name)
+        axis.bar(
+            np.arange(len(cases)) + index * width, heights, width, label=name, color=_colour(name)
+        )
     labels = [f"{case}\nbatch {batch}" for case, batch in cases]
     axis.set_xticks(np.arange(len(cases)) + 0.4 - width / 2, labels, fontsize=6, rotation=45)
     axis.set_ylabel(title)
     axis.grid(axis="y", alpha=0.3)
     if names:
         axis.legend(fontsize=6)
+
+
+def _colour(provider: str) -> str:
+    """The same in every picture, with and without a graph."""
+    return f"C{COLOURED.index(provider.removesuffix(GRAPH))}"
 
 
 def _targets(targets: Sequence[dict[str, Any]], path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from benchmarks.campaign import Campaign, StageFile, device, layers, models, rep
 from benchmarks.campaign.layers import EAGER, OURS, Elementwise, LayerCase, measure_layer, plain
 from benchmarks.campaign.models import ModelCase, measure_inference, measure_training
 from benchmarks.campaign.plan import STAGES, Plan, full_plan, rehearsal_plan
-from benchmarks.campaign.timing import Stopwatch, time_in_turns
+from benchmarks.campaign.timing import WARM_UP, Memory, Stopwatch, captured, time_in_turns
 from benchmarks.campaign.worker import InProcess, Row, Worker
 from benchmarks.gpus import GPUS
 from benchmarks.levels import table
@@ -457,6 +458,81 @@ def test_events_bracket_the_call_and_not_the_sweep(monkeypatch: pytest.MonkeyPat
         {CONTROL: 1.0, "slow": 2.0, "quick": 1.0}
     )
     assert time_in_turns({}, stopwatch, 0.1) == {}
+
+
+class Graph:
+    """Stands for a CUDA graph: a capture notes what is called, a replay calls nothing."""
+
+    replays = 0
+
+    def replay(self) -> None:
+        Graph.replays += 1
+
+
+class Stream:
+    """Stands for a CUDA stream."""
+
+    def wait_stream(self, other: Stream) -> None:
+        assert other is not self
+
+
+@pytest.fixture
+def _fake_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = Stream()
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
+
+
+@pytest.mark.usefixtures("_fake_graphs")
+def test_captured_calls_are_replayed() -> None:
+    calls: list[int] = []
+    replay = captured(lambda: calls.append(0) or len(calls), calls=4)
+    assert len(calls) == WARM_UP + 4
+    Graph.replays = 0
+    assert replay() == len(calls) == WARM_UP + 4 and Graph.replays == 1
+
+
+@pytest.mark.usefixtures("_fake_graphs")
+def test_graphs_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "_is_captured", lambda case, device: True)
+    case = LayerCase("it", SMALL["conv"], 2)
+    rows = list(measure_layer(case, "cpu", "float32", "reference", H100, 0.001))
+    assert all(row["ms_median"] for row in rows), rows
+    monkeypatch.setattr(models, "_variants", lambda device: ("", models.GRAPH))
+    rows = list(measure_inference(ModelCase(NETWORK, 2), "cpu", "float32", H100, 0.001))
+    names = ["eager", "eager graph", "accelerate", "accelerate graph", "freeze", "freeze graph"]
+    assert [row["provider"] for row in rows] == [*names, CONTROL]
+    assert all(row["ms_median"] for row in rows) and rows[-1]["control_of"] == "freeze graph"
+
+    def refuse(*arguments: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    for module in (layers, models):
+        monkeypatch.setattr(module, "captured", refuse)
+    rows = list(measure_layer(case, "cpu", "float32", "reference", H100, 0.001))
+    assert all("cannot be captured" in row["note"] for row in rows[:2])
+    assert rows[-1]["note"] == "no provider could be timed"
+    rows = list(measure_inference(ModelCase(NETWORK, 2), "cpu", "float32", H100, 0.001))
+    assert [bool(row["ms_median"]) for row in rows] == [True, False] * 3 + [True]
+    assert "capturing" in rows[1]["note"]
+
+
+def test_memory_is_counted_above_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {"now": 100, "peak": 900}
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: state["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: state["peak"])
+    monkeypatch.setattr(
+        torch.cuda, "reset_peak_memory_stats", lambda: state.update(peak=state["now"])
+    )
+    memory = Memory("cuda")
+    memory.start()
+    state.update(now=150, peak=400)
+    assert (memory.now(), memory.peak()) == (50, 300)
+    assert (Memory("cpu").now(), Memory("cpu").peak()) == (None, None)
 
 
 def row(task: str, provider: str, ms: float | None, **fields: Any) -> Row:
