@@ -1,4 +1,4 @@
-"""``python -m benchmarks kernels | models | peers | roofline | report | shapes``."""
+"""``python -m benchmarks kernels | models | peers | roofline | campaign | report | shapes``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from . import inference, kernels, limits, report, shapes, targets
+import torch
+
+from . import gpus, inference, kernels, levels, limits, report, shapes, targets
+from .campaign.plan import STAGES
 from .machine import header
 from .networks import Network
 from .providers import OWN, PROVIDERS
@@ -86,6 +89,9 @@ def _limits(parsed: argparse.Namespace) -> list[limits.Limit]:
 
 def _layers(parsed: argparse.Namespace) -> int:
     """The suites ``kernels`` and ``roofline``."""
+    if parsed.suite == "roofline" and (parsed.gpu or parsed.device in gpus.GPUS):
+        parsed.gpu = parsed.gpu or parsed.device
+        return _levels(parsed)
     view: Callable = shapes.unfused if parsed.unfused else shapes.fused
     if parsed.suite == "kernels":
         view = list
@@ -127,6 +133,31 @@ def _layers(parsed: argparse.Namespace) -> int:
             path = parsed.plot if len(measured) == 1 else parsed.plot.with_name(numbered)
             plots.roofline(results, cases, path)
     return 0
+
+
+def _levels(parsed: argparse.Namespace) -> int:
+    """The suite ``roofline`` for a named GPU, which need not be there."""
+    rates = gpus.named_rates(parsed.gpu)
+    networks = [Network.parse(name).label for name in parsed.models]
+    for index, name in enumerate(networks):
+        for batch in parsed.batch or [256]:
+            table = levels.table(name, rates, batch, parsed.itemsize, parsed.per, parsed.markdown)
+            print("\n" * (index > 0) + table)
+    return 0
+
+
+def _campaign(parsed: argparse.Namespace) -> int:
+    from .campaign import plan, report, run
+
+    chosen = plan.rehearsal_plan() if parsed.device == "cpu" else plan.full_plan()
+    if parsed.dry_run:
+        print(report.dry_run(chosen, gpus.named_rates(parsed.gpu)))
+        return 0
+    if parsed.out is None:
+        raise ValueError("--out DIR is needed, except with --dry-run")
+    if parsed.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("there is no CUDA device; --dry-run lists the cases without one")
+    return run(chosen, parsed.out, parsed.only, parsed.budget_s)
 
 
 def _report(parsed: argparse.Namespace) -> int:
@@ -211,7 +242,49 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--unfused", action="store_true", help="blocks layer by layer, not as one op"
             )
+            command.add_argument(
+                "--gpu",
+                choices=list(gpus.GPUS),
+                help="reckon for this GPU instead of measuring, at every level of fusion",
+            )
+            command.add_argument(
+                "--per", choices=["layer", "op"], default="layer", help="with --gpu: rows"
+            )
+            command.add_argument(
+                "--markdown",
+                action="store_true",
+                help="with --gpu: the table alone, for a document",
+            )
+            command.add_argument(
+                "--itemsize", type=int, choices=[2, 4], default=2, help="with --gpu: bytes a value"
+            )
         command.set_defaults(run=_layers, unfused=False)
+    text = "everything that a GPU can show, in stages, within minutes"
+    command = commands.add_parser("campaign", help=text, description=text)
+    command.add_argument("--out", type=Path, metavar="DIR", help="results; those there are kept")
+    command.add_argument(
+        "--only",
+        nargs="+",
+        choices=list(STAGES),
+        default=[],
+        metavar="STAGE",
+        help=f"run these again, whatever is in DIR: {', '.join(STAGES)}",
+    )
+    command.add_argument(
+        "--budget-s",
+        type=float,
+        default=570.0,
+        metavar="S",
+        help="seconds until no case is started any more (default: %(default)s)",
+    )
+    command.add_argument(
+        "--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a rehearsal, small sizes"
+    )
+    command.add_argument("--dry-run", action="store_true", help="list every case with its floor")
+    command.add_argument(
+        "--gpu", choices=list(gpus.GPUS), default="h100", help="with --dry-run: whose floors"
+    )
+    command.set_defaults(run=_campaign)
     command = commands.add_parser("report", help="the README's table from a results file")
     command.add_argument("results", type=Path, metavar="RESULTS.json")
     command.add_argument("--readme", type=Path, help="write it there, between the markers")
@@ -230,7 +303,8 @@ def _suite(
 ) -> argparse.ArgumentParser:
     command = commands.add_parser(suite, help=text, description=text)
     command.set_defaults(suite=suite)
-    command.add_argument("--device", choices=["cpu"], default="cpu")
+    devices = ["cpu", *(gpus.GPUS if suite == "roofline" else ())]
+    command.add_argument("--device", choices=devices, default="cpu")
     command.add_argument("--batch", type=_list(_positive), metavar="N,...", help="default: 1")
     command.add_argument("--threads", type=_list(_positive), metavar="N,...", help="default: 1")
     command.add_argument(

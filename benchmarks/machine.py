@@ -20,7 +20,7 @@ from effkernels.info import collect
 from .processes import MALLOC
 
 PACKAGES = ("torch", "torchvision", "timm", "onnx", "onnxruntime", "openvino")
-SOURCES = ("csrc", "effkernels", "models", ":(glob)benchmarks/*.py")
+SOURCES = ("csrc", "effkernels", "models", ":(glob)benchmarks/**/*.py")
 GEMM_SIZE = 2048
 COPY_BYTES = 1 << 28
 REPEATS = 5

@@ -25,7 +25,8 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         plural = "s" if self.threads > 1 else ""
-        return f"{self.case}, {self.dtype}, batch {self.batch}, {self.threads} thread{plural}"
+        where = f"{self.threads} thread{plural}" if self.device == "cpu" else self.device
+        return f"{self.case}, {self.dtype}, batch {self.batch}, {where}"
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Record:
     rel_err: float | None  # of the output's norm, against float64
     control_of: str = ""  # the provider that this one is once more
     note: str = ""
+    peak_bytes: int | None = None  # on a GPU: allocated during a call, above what was before it
+    activation_bytes: int | None = None  # training: kept between forward and backward
 
     @property
     def key(self) -> Case:
