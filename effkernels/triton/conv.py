@@ -103,9 +103,10 @@ def conv_backward(
         for_bias=needed[3],
     )
     for_input = for_weight = None
-    if needed[0] or needed[1]:
+    incoming = t if scale is None else scaled
+    if incoming is not None and (needed[0] or needed[1]):
         for_input, for_weight, _ = convolution_gradients(
-            t if scale is None else scaled,
+            incoming,
             convolution.input,
             nhwc(weight),
             stride,
@@ -136,8 +137,13 @@ def _forward(convolution: _Convolution, epilogue: _Epilogue) -> Tensor:
     precision = "tf32" if torch.backends.cudnn.allow_tf32 else "tf32x3"
     left, right, top, bottom = convolution.padding
     problem = ConvProblem(
-        *input.shape,
-        *output.shape[1:],
+        batch=input.shape[0],
+        channels=input.shape[1],
+        height=input.shape[2],
+        width=input.shape[3],
+        outputs=output.shape[1],
+        out_height=output.shape[2],
+        out_width=output.shape[3],
         kernel="x".join(map(str, weight.shape[2:])),
         stride="x".join(map(str, convolution.stride)),
         dilation="x".join(map(str, convolution.dilation)),

@@ -246,15 +246,16 @@ def gradient(rows: int, channels: int, itemsize: int, device: Device) -> Gradien
 
 _ITEMSIZES = {"*fp32": 4, "*bf16": 2, "*fp16": 2}
 # Resident warps of one processor, the least of sm_80, 90 and 100 by the compiler's registers.
-_EPILOGUE_WARPS, _GRADIENT_WARPS, _TOTALS_WARPS = 40, 28, 32
+_EPILOGUE_WARPS, _GRADIENT_WARPS, _SCALE_GRADIENT_WARPS, _TOTALS_WARPS = 40, 28, 16, 32
 
 
 def promise(launch: Launch) -> Promise:
     """Tensor cores in both products, 16-byte accesses wherever the channels allow.
 
-    Warps: the implicit GEMM's tiles of 128 x 128 take half of a processor's shared memory (two
-    blocks on an H100 unless a residual in float32 takes the registers, one on an A100), those of
-    64 x 64 a third. The stem's 27 values and 64 sums a thread leave 12 warps, 147 values 8.
+    Warps: the implicit GEMM's tiles of 128 x 128 leave two blocks of 8 on an H100 (128 registers,
+    96 KB) and one on an A100 (its products take their operands from registers), smaller ones three
+    of 4 (tf32x3 splits operands in registers: two). The stem's 27 values and 64 sums a thread
+    leave 12 warps, 147 values 8.
     """
     name = launch.kernel.fn.__name__
     constants, types = dict(launch.constants), dict(launch.signature)
@@ -264,7 +265,7 @@ def promise(launch: Launch) -> Promise:
 
     if name == "_conv_kernel":
         return Promise(
-            warps=12 if constants["BLOCK_M"] == 64 else 8,
+            warps=8 if constants["BLOCK_N"] == 128 or constants["PRECISION"] == "tf32x3" else 12,
             vector_loads=whole("VECTOR", "input_ptr"),
             vector_stores=whole("OUTPUT_VECTOR", "output_ptr"),
             tensor_cores=True,
@@ -281,5 +282,7 @@ def promise(launch: Launch) -> Promise:
     if name == "_gradient_kernel":
         vectored = whole("VECTOR", "gradient_ptr")
         written = types["t_ptr"] != "constexpr" or types["scaled_ptr"] != "constexpr"
-        return Promise(_GRADIENT_WARPS, vector_loads=vectored, vector_stores=vectored and written)
+        summed_twice = types["scale_sums_ptr"] != "constexpr"  # two tiles of sums in registers
+        warps = _SCALE_GRADIENT_WARPS if summed_twice else _GRADIENT_WARPS
+        return Promise(warps, vector_loads=vectored, vector_stores=vectored and written)
     return Promise(_TOTALS_WARPS)

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import inspect
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,16 +21,15 @@ import torch
 import effkernels as ek
 from effkernels import ops
 from effkernels.ops import ACTIVATIONS
-from effkernels.triton import DTYPES, conv_config, interpreted
+from effkernels.testing import assert_matches
+from effkernels.triton import DTYPES, conv_config
 from effkernels.triton.conv_config import CUDNN, IMPLICIT_GEMM, ConvConfig
 from effkernels.triton.launch import H100
 from tests.ops._cases import (
     AFFINES,
     LAYOUTS,
-    PADDINGS,
     Arguments,
     Case,
-    Draw,
     GuardedMemory,
     assert_parity,
     both,
@@ -41,21 +41,21 @@ from tests.ops._cases import (
 )
 from tests.triton import aot
 
-# Tiles as small as tests' tensors; a GPU's dot needs 16 of everything.
+# Tiles about as small as tests' tensors; a GPU's dot needs 16 of everything.
 CONFIGS = {
     "chosen": None,
     "cudnn": ConvConfig(CUDNN),
-    "gemm": ConvConfig(IMPLICIT_GEMM, 32, 16, 16, 1, 4, 2),
-    "wide-step": ConvConfig(IMPLICIT_GEMM, 16, 32, 64, 1, 4, 3),
-    "split": ConvConfig(IMPLICIT_GEMM, 32, 16, 16, 3, 4, 2),
+    "gemm": ConvConfig(IMPLICIT_GEMM, 64, 32, 16, 1, 4, 2),
+    "wide-step": ConvConfig(IMPLICIT_GEMM, 32, 16, 64, 1, 4, 3),
+    "split": ConvConfig(IMPLICIT_GEMM, 64, 32, 32, 3, 4, 2),
 }
 AXES = {
-    "outputs": (1, 8, 15, 16, 17, 24, 33),
-    "channels": (1, 3, 4, 5, 8, 16, 24, 32, 33),
+    "outputs": (1, 8, 17, 24, 33),
+    "channels": (1, 3, 5, 8, 16, 24, 32, 33),
     "size": ((1, 1), (1, 9), (5, 2), (7, 7), (6, 11)),
     "kernel": (1, 3, (3, 5), 5),
     "stride": (1, 2, (2, 1), 3),
-    "padding": PADDINGS,
+    "padding": ("symmetric", "same", 0, (2, 1), (0, 1, 2, 0), (3, 0, 0, 5)),
     "dilation": (1, 2, (2, 1)),
     "batch": (1, 2, 0),
     "affine": AFFINES,
@@ -63,11 +63,13 @@ AXES = {
     "layout": LAYOUTS,
     "residual": (None, "channels_last", "nchw", "sliced"),
     "config": tuple(CONFIGS),
+    "dtype": DTYPES,
 }
 GRADIENT_AXES = {
     **AXES,
     "outputs": (1, 8, 17, 40),
     "channels": (1, 3, 8, 17),
+    "size": ((1, 9), (5, 2), (7, 7)),
     "kernel": (1, 3),
     "padding": ("symmetric", "same", (0, 1, 2, 0)),
     "batch": (1, 2),
@@ -75,6 +77,15 @@ GRADIENT_AXES = {
     "residual": (None, "channels_last"),
     "config": ("chosen", "cudnn", "split"),
 }
+# Where the slope jumps, one more rounding before it moves a whole gradient: whether that happens to
+# one of these few elements says nothing in a dtype of two bytes.
+SMOOTH = ("none", "silu", "sigmoid")
+
+
+def has_gradient(case: Case) -> bool:
+    return has_output(case) and (case.dtype == torch.float32 or case.activation in SMOOTH)
+
+
 # The stems of EfficientNet and ResNet, and layers of FusedMBConv and ResNet, at small sizes.
 LAYERS = [
     Case(batch=n, channels=c, outputs=k, size=s, kernel=r, stride=d, layout=layout, config=config)
@@ -83,8 +94,8 @@ LAYERS = [
         (2, 3, 48, (19, 17), 3, 2, "channels_last", "chosen"),
         (1, 3, 64, (24, 24), 7, 2, "nchw", "chosen"),
         (1, 3, 64, (24, 24), 7, 2, "channels_last", "chosen"),
-        (1, 24, 96, (13, 12), 3, 2, "channels_last", "wide-step"),
-        (1, 48, 48, (12, 12), 3, 1, "channels_last", "gemm"),
+        (1, 24, 96, (13, 12), 3, 2, "channels_last", "chosen"),
+        (1, 48, 48, (12, 12), 3, 1, "channels_last", "chosen"),
         (1, 64, 64, (14, 14), 3, 1, "channels_last", "chosen"),
         (1, 128, 32, (7, 7), 3, 1, "channels_last", "chosen"),
         (1, 64, 128, (14, 14), 1, 2, "channels_last", "chosen"),
@@ -127,9 +138,9 @@ def run(tensors: dict[str, torch.Tensor], options: dict[str, Any]) -> torch.Tens
 
 
 @pytest.mark.parametrize("case", pairwise(AXES, has_output), ids=str)
-def test_matches_reference(device, dtype, case, monkeypatch):
+def test_matches_reference(device, case, monkeypatch):
     configure(monkeypatch, case.config)
-    assert_parity("triton", run, partial(arguments, case, dtype, device))
+    assert_parity("triton", run, partial(arguments, case, case.dtype, device))
 
 
 @pytest.mark.parametrize("case", LAYERS, ids=str)
@@ -138,11 +149,12 @@ def test_real_layers(device, dtype, case, monkeypatch):
     assert_parity("triton", run, partial(arguments, case, dtype, device))
 
 
-@pytest.mark.parametrize("case", pairwise(GRADIENT_AXES, has_output), ids=str)
-def test_gradients(device, dtype, case, monkeypatch):
+@pytest.mark.parametrize("case", pairwise(GRADIENT_AXES, has_gradient), ids=str)
+def test_gradients(device, case, monkeypatch):
     configure(monkeypatch, case.config)
     gradients = gradient_function(ops.conv)
-    assert_parity("triton", gradients, partial(arguments, case, dtype, device), channels_last=False)
+    drawn = partial(arguments, case, case.dtype, device)
+    assert_parity("triton", gradients, drawn, channels_last=False)
 
 
 SMALL = Case(
@@ -214,7 +226,7 @@ def in_poisoned_memory(monkeypatch: Any, function: Callable[..., Any], *args: An
         patch.setattr(torch, "empty", memory.empty)
         patch.setattr(torch, "empty_like", memory.empty_like)
         result = function(*args)
-    assert memory.check() > 0
+    memory.check()
     return result
 
 
@@ -277,6 +289,9 @@ def aot_calls() -> Iterator[Callable[[], Any]]:
     for dtype in DTYPES:
         for layer in FUSED_MBCONV:
             yield partial(_fused_mbconv, *layer, dtype)
+        for batch in (1, 256):
+            yield partial(_fused_mbconv, 64, 64, 3, 1, 56, dtype, batch, residual=True)
+            yield partial(_fused_mbconv, 128, 128, 3, 1, 28, dtype, batch, residual=True)
         yield partial(_fused_mbconv, *FUSED_MBCONV[0], dtype, batch=2**31 // (24 * 192**2) + 1)
     allow = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
@@ -288,7 +303,14 @@ def aot_calls() -> Iterator[Callable[[], Any]]:
 
 
 def _fused_mbconv(
-    channels: int, outputs: int, kernel: int, stride: int, size: int, dtype: Any, batch: int = 256
+    channels: int,
+    outputs: int,
+    kernel: int,
+    stride: int,
+    size: int,
+    dtype: torch.dtype,
+    batch: int = 256,
+    residual: bool = False,
 ) -> None:
     """With a folded BatchNorm, as a network in inference or with frozen statistics runs it."""
     tensors = {
@@ -297,6 +319,8 @@ def _fused_mbconv(
         "scale": torch.empty(outputs),
         "bias": torch.empty(outputs),
     }
+    if residual:
+        tensors["residual"] = torch.empty(batch, outputs, size, size, dtype=dtype)
     function = partial(ops.conv, stride=stride, activation="silu")
     if channels > 4:
         tensors["input"] = tensors["input"].to(memory_format=torch.channels_last)
@@ -343,7 +367,8 @@ BROKEN = {
         "mask = (m < rows - 1)[:, None]",
     ),
 }
-FLAT = {"wrong tap", "last product forgotten"}
+FLAT = {"wrong tap", "last product forgotten"}  # need steps that do not divide the channels
+SPLIT = {"one part not added"}
 
 
 def broken_module(path: Path, name: str, old: str, new: str) -> ModuleType:
@@ -364,7 +389,7 @@ def broken_module(path: Path, name: str, old: str, new: str) -> ModuleType:
 def test_parity_catches(device, mistake, monkeypatch, tmp_path):
     name, case, old, new = BROKEN[mistake]
     config = ConvConfig(IMPLICIT_GEMM, 32, 16, 32 if mistake in FLAT else 16, 3, 4, 2)
-    if "pixel" in mistake or "border" in mistake:
+    if mistake not in SPLIT:
         config = dataclasses.replace(config, splits=1)
     monkeypatch.setattr(conv_config, "heuristic", lambda problem, device: config)
     gradients = gradient_function(ops.conv)
@@ -372,13 +397,8 @@ def test_parity_catches(device, mistake, monkeypatch, tmp_path):
     def poisoned(*args: Any) -> Any:
         return in_poisoned_memory(monkeypatch, gradients, *args)
 
-    check = partial(
-        assert_parity,
-        "triton",
-        poisoned,
-        partial(arguments, case, torch.float32, device),
-        channels_last=False,
-    )
+    ((tensors, options), _) = arguments(case, torch.float32, device)
+    check = partial(assert_matches, poisoned, tensors, options, backend="triton")
     check()
     module = broken_module(tmp_path, name, old, new)
     for kernel in ("_conv_kernel", "_stem_kernel", "_epilogue_kernel", "_gradient_kernel"):
@@ -411,7 +431,7 @@ def print_broken_promises(capability: int) -> None:
             {
                 "as it is": changed(launch.num_warps, launch.num_stages),
                 "no vectors": changed(4, 1, VECTOR=1),
-                "spills": changed(4, 3, BLOCK_M=256, BLOCK_N=256),
+                "spills": changed(4, 3, BLOCK_M=128, BLOCK_N=256),
                 "shared memory": changed(8, 8, BLOCK_N=128),
             }
         )
@@ -420,7 +440,7 @@ def print_broken_promises(capability: int) -> None:
 
 def test_static_checks_catch():
     command = "from tests.triton import test_conv; test_conv.print_broken_promises(80)"
-    environment = {k: v for k, v in __import__("os").environ.items() if k != "TRITON_INTERPRET"}
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     output = subprocess.run(
         [sys.executable, "-c", command],
         capture_output=True,
