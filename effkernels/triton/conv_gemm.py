@@ -32,8 +32,8 @@ Seen in the compiler's output (Triton 3.8, sm_90, bfloat16; no GPU has run this)
 128 x 64 is about 130 instructions a warp in SASS, 186 FLAT, for 512 clocks of the tensor cores:
 with two warps a scheduler 260 and 372 of its 512 issue slots. 128 registers and 96 KB in three
 stages: two blocks a processor. B0's stem: about 600 instructions of PTX for a warp's 32 pixels, by
-reckoning 65 µs of issue beside 94 µs of memory traffic; ResNet's 7x7: 1,840, 200 µs beside 163 µs, so it is
-bound by its gathers, the first thing to measure.
+reckoning 65 µs of issue beside 94 µs of memory traffic; ResNet's 7x7: 1,840, 200 µs beside 163 µs,
+so it is bound by its gathers, the first thing to measure.
 Tried and lost:
 - the channel as a loop variable without ``multiple_of``: single-value loads through registers, 220
   of them, and one stage fewer;
