@@ -24,6 +24,7 @@ _TYPES = {
 }
 _ALIGNMENT = 16  # bytes
 _INT32 = 2**31
+_IDLE_END = 2**20  # elements; no block is larger
 
 
 @dataclass(frozen=True)
@@ -167,5 +168,5 @@ def vector_width(dtype: torch.dtype, *sizes: int) -> int:
 
 
 def is_wide(*tensors: Tensor | None) -> bool:
-    """Whether offsets into these need 64 bits."""
-    return any(tensor is not None and tensor.numel() >= _INT32 for tensor in tensors)
+    """Whether offsets into these need 64 bits; those of a last block's idle end count, too."""
+    return any(tensor is not None and tensor.numel() >= _INT32 - _IDLE_END for tensor in tensors)
