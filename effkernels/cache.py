@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -51,6 +52,10 @@ def cached(kind: Hashable, tensors: tuple[Tensor, ...], build: Callable[[], Any]
     """
     if any(tensor.is_inference() for tensor in tensors):
         return build()  # inference tensors count no versions, so nothing tells of a change
+    if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        # The graph will be replayed whatever has happened to the tensors since, and what is built
+        # in it is not there before its first replay.
+        return build()
     key = (
         kind,
         *[(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors],

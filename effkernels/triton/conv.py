@@ -13,7 +13,7 @@ kernels here always give the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -183,24 +183,13 @@ def _cudnn(convolution: _Convolution, epilogue: _Epilogue) -> Tensor:
 def _packed(weight: Tensor) -> Tensor:
     """[K, C, kh, kw] as dense [K, kh, kw, C]: a view where the model is channels_last."""
     view = weight.detach().permute(0, 2, 3, 1)
-    return view if view.is_contiguous() else _kept("triton conv", weight, view.contiguous)
+    return view if view.is_contiguous() else cached("triton conv", (weight,), view.contiguous)
 
 
 def _depth_first(weight: Tensor) -> Tensor:
     """[K, C, kh, kw] as dense [C · kh · kw, K]."""
-    matrix = weight.detach()
-    return _kept("triton stem", weight, lambda: matrix.flatten(1).t().contiguous())
-
-
-def _kept(kind: str, weight: Tensor, pack: Callable[[], Tensor]) -> Tensor:
-    """``pack()``, kept until ``weight`` changes.
-
-    But a CUDA graph replays what was captured whatever has happened to the weight since, and what
-    a capture packs is not there before the first replay: it packs anew, and keeps nothing.
-    """
-    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
-        return pack()
-    return cached(kind, (weight,), pack)
+    view = weight.detach().flatten(1).t()
+    return view if view.is_contiguous() else cached("triton stem", (weight,), view.contiguous)
 
 
 def _implicit_gemm(

@@ -1,7 +1,8 @@
 """Recorded steps in a row on a GPU: what :mod:`effkernels.native` and its programs are on a CPU.
 
-Weights stay as they are given, [K, C, kh, kw], because the kernels read them so. A step is a few
-launches; nothing in between waits for the GPU, so a replay can be captured in a CUDA graph.
+Weights keep their shapes, [K, C, kh, kw], and are packed by having the values in memory in the
+order that the kernels read them in. A step is a few launches; nothing in between waits for the
+GPU, so a replay can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ __all__ = ["NAME", "Program", "can_run", "variant"]
 
 NAME = "triton"
 
+_IMAGE_CHANNELS = 4  # at most
+_TAPS = (2, 3, 1, 0)  # axes of a depthwise weight: each tap's channels side by side
 _ACTIVATIONS = ("none", "relu", "relu6", "silu", "hard_swish", "sigmoid", "hard_sigmoid")
 
 
@@ -36,7 +39,14 @@ def is_planar(input: Tensor) -> bool:
     return False  # the kernel looks for itself
 
 
+def _in_order(weight: Tensor, *order: int) -> Tensor:
+    """``weight`` with its axes in memory in this order."""
+    moved = weight.detach().permute(order).contiguous()
+    return moved.permute([order.index(axis) for axis in range(4)])
+
+
 def _pack(
+    order: tuple[int, int, int, int],
     input: Tensor,
     weight: Tensor,
     scale: Tensor | None,
@@ -48,17 +58,25 @@ def _pack(
 ) -> Packed:
     size = output_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
     geometry = [*weight.shape[2:], *stride, *dilation, padding[0], padding[2]]
-    weights = (weight.detach(), scale, bias)
+    weights = (_in_order(weight, *order), scale, bias)
     return Packed(weights, geometry, activation_codes([activation]), (weight.shape[0], *size))
 
 
-pack_conv = pack_depthwise_conv = _pack
+def pack_conv(input: Tensor, weight: Tensor, *arguments: Any) -> Packed:
+    # Images have so few channels that their kernel goes over output channels instead.
+    order = (1, 2, 3, 0) if weight.shape[1] <= _IMAGE_CHANNELS else (0, 2, 3, 1)
+    return _pack(order, input, weight, *arguments)
+
+
+def pack_depthwise_conv(input: Tensor, *arguments: Any) -> Packed:
+    return _pack(_TAPS, input, *arguments)
 
 
 def pack_pointwise_conv(
     input: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, activation: str
 ) -> Packed:
-    return _pack(input, weight, scale, bias, (1, 1), (0, 0, 0, 0), (1, 1), activation)
+    order = (0, 1, 2, 3)
+    return _pack(order, input, weight, scale, bias, (1, 1), (0, 0, 0, 0), (1, 1), activation)
 
 
 def pack_linear(matrix: Tensor, bias: Tensor) -> tuple[Tensor | None, ...]:
@@ -83,7 +101,7 @@ def pack_squeeze_excite(
 
 def pack_mbconv(input: Tensor, *arguments: Any) -> Packed:
     *weights, stride, padding, dilation, _ = arguments[:17]
-    depthwise = weights[3]
+    depthwise = weights[3] = _in_order(weights[3], *_TAPS)
     size = output_size(input.shape[2:], depthwise.shape[2:], stride, padding, dilation)
     geometry = [*depthwise.shape[2:], *stride, *dilation, padding[0], padding[2]]
     codes = activation_codes(arguments[17:])
