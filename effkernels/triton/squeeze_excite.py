@@ -31,7 +31,8 @@ from .language import forward_operand, kernel
 from .launch import device_of, launch, vector_width
 from .operands import Forward, Gradient
 from .squeeze_excite_config import pool_candidates, pool_heuristic
-from .squeeze_excite_gate import GateGradients, gate, gate_backward
+from .squeeze_excite_gate import gate
+from .squeeze_excite_gate_backward import GateGradients, gate_backward
 from .tune import choose
 
 __all__ = [

@@ -41,10 +41,10 @@ class GateConfig:
 class GateBackwardConfig:
     """Sizes of the gate's two backward kernels."""
 
-    slices: int  # programs that share the channels of 16 images
-    chunk: int  # channels a step
-    channels: int  # of the second kernel's programs
+    chunk: int  # channels a step of the first
     num_warps: int
+    num_stages: int
+    tile: int  # images, channels and hidden values of the second
 
 
 def padded(reduced: int) -> int:
@@ -71,32 +71,28 @@ def gate_candidates(problem: GateProblem, device: Device) -> Iterable[GateConfig
 
 
 def _gate(problem: GateProblem, split: bool, images: int) -> GateConfig:
-    """Tiles of the first matrix of 32 KB (two-byte weights) in flight: two SM's worth of what
-    Little's law asks of the L2 (64 bytes a clock, 300 clocks)."""
+    """Two tiles of the first matrix of 16 K values (float32: 8 K) are on their way at any time, in
+    registers for one image, in shared memory for 16."""
     reduced = _TILE if split else padded(problem.reduced)
+    values = 16384 * 2 // problem.itemsize // reduced
     if images == 1:
-        return GateConfig(split, 1, 64, min(512, 16384 // reduced), 8, 1)
-    # 64 KB of shared memory in three stages at most: three programs fit on a processor.
-    step = min(128, 8192 * 2 // problem.itemsize // reduced)
-    return GateConfig(split, _TILE, 64, max(step, 16), 4, 3)
+        return GateConfig(split, 1, 64, max(min(512, values), 16), 8 if split else 16, 1)
+    return GateConfig(split, _TILE, 64, max(min(128, values // 2), 16), 4, 3)
 
 
 def gate_backward_heuristic(problem: GateProblem, device: Device) -> GateBackwardConfig:
-    """Enough slices that half of the processors have something to do; 4 KB accumulators."""
-    reduced = padded(problem.reduced)
-    step = max(16, min(64, 4096 * 2 // problem.itemsize // reduced))
-    tiles = max(-(-problem.images // _TILE), 1)
-    slices = max(1, min(device.processors // 2 // tiles, -(-problem.channels // 128)))
-    return GateBackwardConfig(slices, step, 32 if reduced <= 64 else 16, 4 if reduced <= 64 else 8)
+    """Steps of 64 x 64 weights (float32: 32 x 64), three of them on their way."""
+    return GateBackwardConfig(64 * 2 // max(problem.itemsize, 2), 4, 3, 32)
 
 
 def gate_backward_candidates(
     problem: GateProblem, device: Device
 ) -> Iterable[GateBackwardConfig]:
-    """Twice and half as many warps."""
+    """Other numbers of warps, smaller tiles."""
     best = gate_backward_heuristic(problem, device)
     for num_warps in (4, 8):
-        yield GateBackwardConfig(best.slices, best.chunk, best.channels, num_warps)
+        for tile in (16, 32):
+            yield GateBackwardConfig(best.chunk, num_warps, best.num_stages, tile)
 
 
 def pool_heuristic(problem: SumProblem, device: Device) -> SumConfig:
@@ -127,6 +123,8 @@ def promise(launch: Launch) -> Promise:
     name = launch.kernel.fn.__name__
     if name == "_pool_kernel":
         return Promise(16, vector_loads=is_vectored(launch))
-    if "IMAGES" in constants:
-        return Promise(8, tensor_cores=constants["IMAGES"] > 1)
+    if name == "_image_kernel":
+        return Promise(8)
+    if "PRECISION" in constants:
+        return Promise(8, tensor_cores=True)
     return promise_of_passes(launch)

@@ -22,65 +22,152 @@ channels of both weights' gradients and goes through all images in order. No ato
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import reduce
-from .language import activate, dot, kernel, slope
-from .launch import device_of, launch
+from .language import activate, dot, kernel
+from .launch import device_of, launch, vector_width
 from .squeeze_excite_config import (
-    GateBackwardConfig,
     GateConfig,
     GateProblem,
-    gate_backward_candidates,
-    gate_backward_heuristic,
     gate_candidates,
     gate_heuristic,
     padded,
 )
 from .tune import choose
 
-_PRECISION = "tf32x3"  # float32 products are as exact as PyTorch's linear layers
-_BLOCKS = 8  # partial sums added at a time
+PRECISION = "tf32x3"  # float32 products are as exact as those of PyTorch's linear layers
 
 
 @triton.jit
-def _means(
+def _image_hidden(
     mean_ptr,
+    weight_ptr,
+    bias_ptr,
     image,
-    images,
-    c,
+    r,
+    reduced,
     channels,
     blocks,
     factor,
     PARTIALS: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
-    """[images, channels] float32 of the means."""
-    mask = (image < images)[:, None] & (c < channels)[None, :]
+    """[reduced] float32 of one image: the vector before its activation, zero past the end."""
+    k = tl.arange(0, CHUNK)
+    rows = weight_ptr + r[:, None] * channels + k[None, :]
+    inside = (r < reduced)[:, None]
+    products = tl.zeros([r.shape[0], CHUNK], tl.float32)
+    weight = tl.load(rows, mask=inside & (k < channels)[None, :], other=0.0)
     if PARTIALS > 1:
         b = tl.arange(0, PARTIALS)
-        start = image.to(tl.int64) * blocks * channels
-        total = tl.zeros([image.shape[0], c.shape[0]], tl.float32)
-        for first in range(0, blocks, PARTIALS):
-            offsets = start[None, :, None] + ((first + b) * channels)[:, None, None]
-            partial = tl.load(
-                mean_ptr + offsets + c[None, None, :],
-                mask=mask[None, :, :] & (first + b < blocks)[:, None, None],
-                other=0.0,
-            )
-            total += tl.sum(partial.to(tl.float32), 0)
+        start = mean_ptr + image.to(tl.int64) * blocks * channels
     else:
-        offsets = image.to(tl.int64)[:, None] * channels + c[None, :]
-        total = tl.load(mean_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    return total * factor
+        start = mean_ptr + image.to(tl.int64) * channels
+    for first in range(0, channels, CHUNK):
+        c = first + k
+        following = tl.load(  # while this step's mean is on its way
+            rows + first + CHUNK, mask=inside & (c + CHUNK < channels)[None, :], other=0.0
+        )
+        if PARTIALS > 1:
+            total = tl.zeros([PARTIALS, CHUNK], tl.float32)
+            for done in range(0, blocks, PARTIALS):
+                partial = tl.load(
+                    start + (done + b)[:, None] * channels + c[None, :],
+                    mask=(done + b < blocks)[:, None] & (c < channels)[None, :],
+                    other=0.0,
+                )
+                total += partial.to(tl.float32)
+            mean = tl.sum(total, 0)
+        else:
+            mean = tl.load(start + c, mask=c < channels, other=0.0).to(tl.float32)
+        products += weight.to(tl.float32) * mean[None, :]
+        weight = following
+    hidden = tl.sum(products, 1) * factor
+    if bias_ptr is not None:
+        hidden += tl.load(bias_ptr + r, mask=r < reduced, other=0.0).to(tl.float32)
+    return hidden
+
+
+@kernel
+def _image_kernel(
+    gate_ptr,
+    hidden_ptr,
+    mean_ptr,
+    reduce_weight_ptr,
+    reduce_bias_ptr,
+    expand_weight_ptr,
+    expand_bias_ptr,
+    blocks,
+    channel_vectors,
+    reduced_vectors,
+    factor,
+    VECTOR: tl.constexpr,
+    REDUCED_VECTOR: tl.constexpr,
+    PARTIALS: tl.constexpr,
+    REDUCED: tl.constexpr,
+    SLICE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATE_ACTIVATION: tl.constexpr,
+):
+    """A slice of one image's gate; of its hidden vector, if only that is to be written
+    (``gate_ptr`` is None); from there, if it is given (``reduce_weight_ptr`` is None)."""
+    channels = channel_vectors * VECTOR
+    reduced = reduced_vectors * REDUCED_VECTOR
+    r = tl.arange(0, REDUCED)
+    if gate_ptr is None:
+        parts = tl.cdiv(reduced, REDUCED)
+        image = tl.program_id(0) // parts
+        r += tl.program_id(0) % parts * REDUCED
+    else:
+        slices = tl.cdiv(channels, SLICE)
+        image = tl.program_id(0) // slices
+        c = tl.program_id(0) % slices * SLICE + tl.arange(0, SLICE)
+        rows = expand_weight_ptr + c[:, None] * reduced + r[None, :]
+        inside = (c < channels)[:, None]
+        # First, because it waits for nothing.
+        weight = tl.load(rows, mask=inside & (r < reduced)[None, :], other=0.0)
+    if reduce_weight_ptr is not None:
+        hidden = _image_hidden(
+            mean_ptr,
+            reduce_weight_ptr,
+            reduce_bias_ptr,
+            image,
+            r,
+            reduced,
+            channels,
+            blocks,
+            factor,
+            PARTIALS,
+            CHUNK,
+        )
+    if gate_ptr is None:
+        tl.store(hidden_ptr + image * reduced + r, hidden, mask=r < reduced)
+    else:
+        if reduce_weight_ptr is not None:
+            gate = tl.sum(weight.to(tl.float32) * activate(hidden, ACTIVATION)[None, :], 1)
+        else:
+            products = tl.zeros([SLICE, REDUCED], tl.float32)
+            for first in range(0, reduced, REDUCED):
+                left = reduced - first
+                following = tl.load(
+                    rows + first + REDUCED, mask=inside & (r + REDUCED < left)[None, :], other=0.0
+                )
+                hidden = tl.load(hidden_ptr + image * reduced + first + r, mask=r < left, other=0.0)
+                products += weight.to(tl.float32) * activate(hidden, ACTIVATION)[None, :]
+                weight = following
+            gate = tl.sum(products, 1)
+        if expand_bias_ptr is not None:
+            gate += tl.load(expand_bias_ptr + c, mask=c < channels, other=0.0).to(tl.float32)
+        gate = activate(gate, GATE_ACTIVATION)
+        tl.store(gate_ptr + image.to(tl.int64) * channels + c, gate, mask=c < channels)
 
 
 @triton.jit
-def _hidden(
+def tile_hidden(
     mean_ptr,
     weight_ptr,
     bias_ptr,
@@ -95,79 +182,42 @@ def _hidden(
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """[images, reduced] float32: the reduced vector before its activation, zero past the end."""
-    IMAGES: tl.constexpr = image.shape[0]
-    REDUCED: tl.constexpr = r.shape[0]
+    """[images, reduced] float32: the vectors before their activation."""
     k = tl.arange(0, CHUNK)
-    if IMAGES == 1:
-        products = tl.zeros([REDUCED, CHUNK], tl.float32)
-        for first in range(0, channels, CHUNK):
-            c = first + k
-            mask = (r < reduced)[:, None] & (c < channels)[None, :]
-            weight = tl.load(
-                weight_ptr + r[:, None] * channels + c[None, :], mask=mask, other=0.0
-            )
-            mean = _means(mean_ptr, image, images, c, channels, blocks, factor, PARTIALS)
-            products += weight.to(tl.float32) * mean
-        total = tl.sum(products, 1)[None, :]
-    else:
-        total = tl.zeros([IMAGES, REDUCED], tl.float32)
-        for first in range(0, channels, CHUNK):
-            c = first + k
-            mask = (r < reduced)[None, :] & (c < channels)[:, None]
-            weight = tl.load(
-                weight_ptr + r[None, :] * channels + c[:, None], mask=mask, other=0.0
-            )
-            mean = _means(mean_ptr, image, images, c, channels, blocks, factor, PARTIALS)
-            total = dot(mean.to(weight.dtype), weight, total, PRECISION)
+    hidden = tl.zeros([image.shape[0], r.shape[0]], tl.float32)
+    start = image.to(tl.int64) * blocks * channels
+    for first in range(0, channels, CHUNK):
+        c = first + k
+        weight = tl.load(
+            weight_ptr + r[None, :] * channels + c[:, None],
+            mask=(r < reduced)[None, :] & (c < channels)[:, None],
+            other=0.0,
+        )
+        mask = (image < images)[:, None] & (c < channels)[None, :]
+        if PARTIALS > 1:
+            b = tl.arange(0, PARTIALS)
+            mean = tl.zeros([image.shape[0], CHUNK], tl.float32)
+            for done in range(0, blocks, PARTIALS):
+                partial = tl.load(
+                    mean_ptr
+                    + start[None, :, None]
+                    + ((done + b) * channels)[:, None, None]
+                    + c[None, None, :],
+                    mask=mask[None, :, :] & (done + b < blocks)[:, None, None],
+                    other=0.0,
+                )
+                mean += tl.sum(partial.to(tl.float32), 0)
+        else:
+            mean = tl.load(mean_ptr + start[:, None] + c[None, :], mask=mask, other=0.0)
+        mean = (mean.to(tl.float32) * factor).to(weight.dtype)
+        hidden = dot(mean, weight, hidden, PRECISION)
     if bias_ptr is not None:
-        total += tl.load(bias_ptr + r, mask=r < reduced, other=0.0).to(tl.float32)[None, :]
-    return total
+        hidden += tl.load(bias_ptr + r, mask=r < reduced, other=0.0).to(tl.float32)[None, :]
+    return hidden
 
 
 @kernel
-def _hidden_kernel(
-    hidden_ptr,
-    mean_ptr,
-    weight_ptr,
-    bias_ptr,
-    images,
-    blocks,
-    channel_vectors,
-    reduced,
-    factor,
-    VECTOR: tl.constexpr,
-    PARTIALS: tl.constexpr,
-    IMAGES: tl.constexpr,
-    REDUCED: tl.constexpr,
-    CHUNK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    channels = channel_vectors * VECTOR
-    slices = tl.cdiv(reduced, REDUCED)
-    image = tl.program_id(0) // slices * IMAGES + tl.arange(0, IMAGES)
-    r = tl.program_id(0) % slices * REDUCED + tl.arange(0, REDUCED)
-    hidden = _hidden(
-        mean_ptr,
-        weight_ptr,
-        bias_ptr,
-        image,
-        images,
-        r,
-        reduced,
-        channels,
-        blocks,
-        factor,
-        PARTIALS,
-        CHUNK,
-        PRECISION,
-    )
-    mask = (image < images)[:, None] & (r < reduced)[None, :]
-    tl.store(hidden_ptr + image[:, None] * reduced + r[None, :], hidden, mask=mask)
-
-
-@kernel
-def _gate_kernel(
+def _tile_kernel(
     gate_ptr,
     hidden_ptr,
     mean_ptr,
@@ -191,33 +241,22 @@ def _gate_kernel(
     GATE_ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """`_image_kernel` for IMAGES images at once."""
     channels = channel_vectors * VECTOR
     reduced = reduced_vectors * REDUCED_VECTOR
-    slices = tl.cdiv(channels, SLICE)
-    image = tl.program_id(0) // slices * IMAGES + tl.arange(0, IMAGES)
-    c = tl.program_id(0) % slices * SLICE + tl.arange(0, SLICE)
     r = tl.arange(0, REDUCED)
-    # First, because it waits for nothing.
-    if IMAGES == 1:
-        weight = tl.load(
-            expand_weight_ptr + c[:, None] * reduced + r[None, :],
-            mask=(c < channels)[:, None] & (r < reduced)[None, :],
-            other=0.0,
-        )
+    if gate_ptr is None:
+        parts = tl.cdiv(reduced, REDUCED)
+        image = tl.program_id(0) // parts * IMAGES + tl.arange(0, IMAGES)
+        r += tl.program_id(0) % parts * REDUCED
     else:
-        weight = tl.load(
-            expand_weight_ptr + c[None, :] * reduced + r[:, None],
-            mask=(c < channels)[None, :] & (r < reduced)[:, None],
-            other=0.0,
-        )
-    if hidden_ptr is not None:
-        hidden = tl.load(
-            hidden_ptr + image[:, None] * reduced + r[None, :],
-            mask=(image < images)[:, None] & (r < reduced)[None, :],
-            other=0.0,
-        )
-    else:
-        hidden = _hidden(
+        slices = tl.cdiv(channels, SLICE)
+        image = tl.program_id(0) // slices * IMAGES + tl.arange(0, IMAGES)
+        c = tl.program_id(0) % slices * SLICE + tl.arange(0, SLICE)
+        columns = expand_weight_ptr + c[None, :] * reduced + r[:, None]
+        inside = (c < channels)[None, :]
+    if reduce_weight_ptr is not None:
+        hidden = tile_hidden(
             mean_ptr,
             reduce_weight_ptr,
             reduce_bias_ptr,
@@ -232,193 +271,30 @@ def _gate_kernel(
             CHUNK,
             PRECISION,
         )
-    hidden = activate(hidden, ACTIVATION)
-    if IMAGES == 1:
-        gate = tl.sum(weight.to(tl.float32) * hidden, 1)[None, :]
+    vectors = image[:, None] * reduced + r[None, :]
+    if gate_ptr is None:
+        mask = (image < images)[:, None] & (r < reduced)[None, :]
+        tl.store(hidden_ptr + vectors, hidden, mask=mask)
     else:
-        gate = dot(
-            hidden.to(weight.dtype), weight, tl.zeros([IMAGES, SLICE], tl.float32), PRECISION
-        )
-    if expand_bias_ptr is not None:
-        gate += tl.load(expand_bias_ptr + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
-    gate = activate(gate, GATE_ACTIVATION)
-    mask = (image < images)[:, None] & (c < channels)[None, :]
-    offsets = image.to(tl.int64)[:, None] * channels + c[None, :]
-    tl.store(gate_ptr + offsets, gate, mask=mask)
-
-
-@kernel
-def _gate_backward_kernel(
-    gate_ptr,
-    hidden_ptr,
-    hidden_gradient_ptr,
-    expanded_gradient_ptr,
-    mean_ptr,
-    upstream_ptr,
-    reduce_weight_ptr,
-    reduce_bias_ptr,
-    expand_weight_ptr,
-    expand_bias_ptr,
-    images,
-    slices,
-    slice_chunks,
-    channel_vectors,
-    reduced_vectors,
-    factor,
-    VECTOR: tl.constexpr,
-    REDUCED_VECTOR: tl.constexpr,
-    IMAGES: tl.constexpr,
-    REDUCED: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    GATE_ACTIVATION: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """hidden and its gradient's partial sums [N, slices, R], the gradient before the gate's
-    activation [N, C], all float32, and the gate again if it is wanted."""
-    channels = channel_vectors * VECTOR
-    reduced = reduced_vectors * REDUCED_VECTOR
-    part = tl.program_id(0) % slices
-    image = tl.program_id(0) // slices * IMAGES + tl.arange(0, IMAGES)
-    r = tl.arange(0, REDUCED)
-    hidden = _hidden(
-        mean_ptr,
-        reduce_weight_ptr,
-        reduce_bias_ptr,
-        image,
-        images,
-        r,
-        reduced,
-        channels,
-        1,
-        factor,
-        1,
-        CHUNK,
-        PRECISION,
-    )
-    mask = (image < images)[:, None] & (r < reduced)[None, :]
-    tl.store(hidden_ptr + image[:, None] * reduced + r[None, :], hidden, mask=mask)
-    hidden = activate(hidden, ACTIVATION).to(expand_weight_ptr.dtype.element_ty)
-    total = tl.zeros([IMAGES, REDUCED], tl.float32)
-    for step in range(slice_chunks):
-        c = (part * slice_chunks + step) * CHUNK + tl.arange(0, CHUNK)
-        weight = tl.load(  # [CHUNK, REDUCED]
-            expand_weight_ptr + c[:, None] * reduced + r[None, :],
-            mask=(c < channels)[:, None] & (r < reduced)[None, :],
-            other=0.0,
-        )
-        inside = (image < images)[:, None] & (c < channels)[None, :]
-        offsets = image.to(tl.int64)[:, None] * channels + c[None, :]
-        gradient = tl.load(upstream_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-        before = dot(
-            hidden, tl.trans(weight), tl.zeros([IMAGES, CHUNK], tl.float32), PRECISION
-        )
+        gate = tl.zeros([IMAGES, SLICE], tl.float32)
+        if reduce_weight_ptr is not None:
+            weight = tl.load(columns, mask=inside & (r < reduced)[:, None], other=0.0)
+            hidden = activate(hidden, ACTIVATION).to(weight.dtype)
+            gate = dot(hidden, weight, gate, PRECISION)
+        else:
+            for first in range(0, reduced, REDUCED):
+                left = reduced - first
+                weight = tl.load(columns + first, mask=inside & (r < left)[:, None], other=0.0)
+                mask = (image < images)[:, None] & (r < left)[None, :]
+                hidden = tl.load(hidden_ptr + vectors + first, mask=mask, other=0.0)
+                hidden = activate(hidden, ACTIVATION)
+                gate = dot(hidden.to(weight.dtype), weight, gate, PRECISION)
         if expand_bias_ptr is not None:
             bias = tl.load(expand_bias_ptr + c, mask=c < channels, other=0.0)
-            before += bias.to(tl.float32)[None, :]
-        gradient *= slope(before, GATE_ACTIVATION)
-        if gate_ptr is not None:
-            tl.store(gate_ptr + offsets, activate(before, GATE_ACTIVATION), mask=inside)
-        tl.store(expanded_gradient_ptr + offsets, gradient, mask=inside)
-        total = dot(gradient.to(weight.dtype), weight, total, PRECISION)
-    offsets = (image[:, None] * slices + part) * reduced + r[None, :]
-    tl.store(hidden_gradient_ptr + offsets, total, mask=mask)
-
-
-@kernel
-def _weights_backward_kernel(
-    mean_gradient_ptr,
-    reduce_weight_gradient_ptr,
-    reduce_bias_gradient_ptr,
-    expand_weight_gradient_ptr,
-    expand_bias_gradient_ptr,
-    hidden_ptr,
-    hidden_gradient_ptr,
-    expanded_gradient_ptr,
-    mean_ptr,
-    reduce_weight_ptr,
-    images,
-    channel_vectors,
-    reduced_vectors,
-    factor,
-    VECTOR: tl.constexpr,
-    REDUCED_VECTOR: tl.constexpr,
-    IMAGES: tl.constexpr,
-    REDUCED: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Gradients of mean, weights and biases. Operands stay float32: with as few images as
-    there are, rounding them would show, and the products are small."""
-    channels = channel_vectors * VECTOR
-    reduced = reduced_vectors * REDUCED_VECTOR
-    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    r = tl.arange(0, REDUCED)
-    matrix = r[:, None] * channels + c[None, :]
-    inside = (r < reduced)[:, None] & (c < channels)[None, :]
-    if mean_gradient_ptr is not None:
-        weight = tl.load(reduce_weight_ptr + matrix, mask=inside, other=0.0).to(tl.float32)
-    reduce_weight = tl.zeros([REDUCED, CHANNELS], tl.float32)
-    expand_weight = tl.zeros([REDUCED, CHANNELS], tl.float32)  # transposed
-    reduce_bias = tl.zeros([REDUCED], tl.float32)
-    expand_bias = tl.zeros([CHANNELS], tl.float32)
-    for first in range(0, images, IMAGES):
-        image = first + tl.arange(0, IMAGES)
-        mask = (image < images)[:, None] & (r < reduced)[None, :]
-        offsets = image[:, None] * reduced + r[None, :]
-        hidden = tl.load(hidden_ptr + offsets, mask=mask, other=0.0)
-        gradient = tl.load(hidden_gradient_ptr + offsets, mask=mask, other=0.0)
-        gradient *= slope(hidden, ACTIVATION)
-        mask = (image < images)[:, None] & (c < channels)[None, :]
+            gate += bias.to(tl.float32)[None, :]
+        gate = activate(gate, GATE_ACTIVATION)
         offsets = image.to(tl.int64)[:, None] * channels + c[None, :]
-        if mean_gradient_ptr is not None:
-            mean_gradient = dot(
-                gradient, weight, tl.zeros([IMAGES, CHANNELS], tl.float32), PRECISION
-            )
-            tl.store(mean_gradient_ptr + offsets, mean_gradient, mask=mask)
-        if reduce_weight_gradient_ptr is not None:
-            mean = tl.load(mean_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * factor
-            reduce_weight = dot(tl.trans(gradient), mean, reduce_weight, PRECISION)
-        if reduce_bias_gradient_ptr is not None:
-            reduce_bias += tl.sum(gradient, 0)
-        if expand_weight_gradient_ptr is not None or expand_bias_gradient_ptr is not None:
-            expanded = tl.load(expanded_gradient_ptr + offsets, mask=mask, other=0.0)
-            if expand_weight_gradient_ptr is not None:
-                # Images past the end: their expanded is 0, whatever their activation.
-                hidden = activate(hidden, ACTIVATION)
-                expand_weight = dot(tl.trans(hidden), expanded, expand_weight, PRECISION)
-            if expand_bias_gradient_ptr is not None:
-                expand_bias += tl.sum(expanded, 0)
-    if reduce_weight_gradient_ptr is not None:
-        tl.store(reduce_weight_gradient_ptr + matrix, reduce_weight, mask=inside)
-    if expand_weight_gradient_ptr is not None:
-        transposed = c[None, :] * reduced + r[:, None]
-        tl.store(expand_weight_gradient_ptr + transposed, expand_weight, mask=inside)
-    if reduce_bias_gradient_ptr is not None:
-        mine = (r < reduced) & (tl.program_id(0) == 0)
-        tl.store(reduce_bias_gradient_ptr + r, reduce_bias, mask=mine)
-    if expand_bias_gradient_ptr is not None:
-        tl.store(expand_bias_gradient_ptr + c, expand_bias, mask=c < channels)
-
-
-class GateGradients(NamedTuple):
-    """What :func:`gate_backward` gives; None what was not asked for."""
-
-    gate: Tensor | None  # [N, C], once more
-    mean: Tensor | None  # [N, C]
-    reduce_weight: Tensor | None
-    reduce_bias: Tensor | None
-    expand_weight: Tensor | None
-    expand_bias: Tensor | None
-
-
-def _vector(size: int, itemsize: int) -> int:
-    """Values an access of rows of ``size``, 16 bytes' worth at most."""
-    width = 16 // itemsize
-    while size % width:
-        width //= 2
-    return width
+        tl.store(gate_ptr + offsets, gate, mask=(image < images)[:, None] & inside)
 
 
 def gate(
@@ -440,195 +316,66 @@ def gate(
     images, channels = mean.shape[0], mean.shape[-1]
     blocks = mean.shape[1] if mean.dim() == 3 else 1
     reduced = reduce_weight.shape[0]
-    itemsize = reduce_weight.element_size()
     mean, reduce_weight, expand_weight = (
         tensor.contiguous() for tensor in (mean, reduce_weight, expand_weight)
     )
-    result = torch.empty((images, channels), dtype=expand_weight.dtype, device=mean.device)
-    problem = GateProblem(images, blocks, channels, reduced, itemsize)
-    vector = min(_vector(channels, itemsize), _vector(channels, mean.element_size()))
-    partials = _BLOCKS if blocks > 1 else 1
+    dtype, device = expand_weight.dtype, mean.device
+    result = torch.empty((images, channels), dtype=dtype, device=device)
+    vectors = (vector_width(dtype, channels), vector_width(dtype, reduced))
+    problem = GateProblem(images, blocks, channels, reduced, dtype.itemsize)
 
     def run(config: GateConfig) -> None:
         tiles = triton.cdiv(images, config.images)
-        hidden = None
-        if config.split:
-            hidden = torch.empty((images, reduced), dtype=torch.float32, device=mean.device)
+        slices = triton.cdiv(channels, config.slice_channels)
+        constants = {
+            "VECTOR": vectors[0],
+            "REDUCED_VECTOR": vectors[1],
+            "SLICE": config.slice_channels,
+            "CHUNK": config.chunk,
+            "ACTIVATION": activation,
+            "GATE_ACTIVATION": gate_activation,
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+        }
+        sizes = (blocks, channels // vectors[0], reduced // vectors[1], float(factor))
+        if config.images > 1:
+            run_kernel = _tile_kernel
+            sizes = (images, *sizes)
+            constants |= {"IMAGES": config.images, "PRECISION": PRECISION}
+            partials = 4 if blocks > 1 else 1
+        else:
+            run_kernel = _image_kernel
+            partials = 8 if blocks > 1 else 1
+        first = (mean, reduce_weight, reduce_bias)
+        second = (expand_weight, expand_bias)
+        if not config.split:
             launch(
-                _hidden_kernel,
-                (tiles * triton.cdiv(reduced, 16),),
-                hidden,
-                mean,
-                reduce_weight,
-                reduce_bias,
-                images,
-                blocks,
-                channels // vector,
-                reduced,
-                float(factor),
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
-                VECTOR=vector,
+                run_kernel,
+                (tiles * slices,),
+                *(result, None, *first, *second, *sizes),
                 PARTIALS=partials,
-                IMAGES=config.images,
-                REDUCED=16,
-                CHUNK=config.chunk,
-                PRECISION=_PRECISION,
+                REDUCED=padded(reduced),
+                **constants,
             )
-        launch(
-            _gate_kernel,
-            (tiles * triton.cdiv(channels, config.slice_channels),),
-            result,
-            hidden,
-            mean,
-            reduce_weight,
-            reduce_bias,
-            expand_weight,
-            expand_bias,
-            images,
-            blocks,
-            channels // vector,
-            reduced // _vector(reduced, itemsize),
-            float(factor),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            VECTOR=vector,
-            REDUCED_VECTOR=_vector(reduced, itemsize),
-            PARTIALS=partials,
-            IMAGES=config.images,
-            REDUCED=padded(reduced),
-            SLICE=config.slice_channels,
-            CHUNK=config.chunk,
-            ACTIVATION=activation,
-            GATE_ACTIVATION=gate_activation,
-            PRECISION=_PRECISION,
-        )
-
-    run(
-        choose(
-            "squeeze_excite_gate", problem, device_of(mean), gate_heuristic, gate_candidates, run
-        )
-    )
-    return result
-
-
-def gate_backward(
-    upstream: Tensor,
-    mean: Tensor,
-    factor: float,
-    reduce_weight: Tensor,
-    reduce_bias: Tensor | None,
-    expand_weight: Tensor,
-    expand_bias: Tensor | None,
-    activation: str,
-    gate_activation: str,
-    needed: tuple[bool, bool, bool, bool, bool, bool],
-    mean_dtype: torch.dtype = torch.float32,
-) -> GateGradients:
-    """Gradients of :func:`gate`.
-
-    Args:
-        upstream: [N, C] for the gate.
-        mean: [N, C]; times ``factor`` it is the mean.
-        needed: which fields of the result are wanted.
-        mean_dtype: of the gradient of the mean (not of ``mean``: ``factor`` is left out).
-    """
-    images, channels = mean.shape
-    reduced = reduce_weight.shape[0]
-    itemsize = reduce_weight.element_size()
-    device = mean.device
-    upstream, mean, reduce_weight, expand_weight = (
-        tensor.contiguous() for tensor in (upstream, mean, reduce_weight, expand_weight)
-    )
-    problem = GateProblem(images, 1, channels, reduced, itemsize)
-
-    def room(want: bool, like: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
-        if not want or like is None:
-            return None
-        return torch.empty(like.shape, dtype=dtype or like.dtype, device=device)
-
-    results = GateGradients(
-        room(needed[0], mean, expand_weight.dtype),
-        room(needed[1], mean, mean_dtype),
-        room(needed[2], reduce_weight),
-        room(needed[3], reduce_bias),
-        room(needed[4], expand_weight),
-        room(needed[5], expand_bias),
-    )
-    hidden = torch.empty((images, reduced), dtype=torch.float32, device=device)
-    expanded = torch.empty((images, channels), dtype=torch.float32, device=device)
-    sizes = {
-        "VECTOR": min(_vector(channels, itemsize), _vector(channels, mean.element_size())),
-        "REDUCED_VECTOR": _vector(reduced, itemsize),
-        "REDUCED": padded(reduced),
-        "ACTIVATION": activation,
-        "PRECISION": _PRECISION,
-    }
-    channel_vectors = channels // sizes["VECTOR"]
-    reduced_vectors = reduced // sizes["REDUCED_VECTOR"]
-
-    def run(config: GateBackwardConfig) -> None:
-        slice_chunks = triton.cdiv(triton.cdiv(channels, config.slices), config.chunk)
-        slices = triton.cdiv(channels, slice_chunks * config.chunk)
-        hidden_gradient = torch.empty((images, slices, reduced), dtype=torch.float32, device=device)
-        launch(
-            _gate_backward_kernel,
-            (triton.cdiv(images, 16) * slices,),
-            results.gate,
-            hidden,
-            hidden_gradient,
-            expanded,
-            mean,
-            upstream,
-            reduce_weight,
-            reduce_bias,
-            expand_weight,
-            expand_bias,
-            images,
-            slices,
-            slice_chunks,
-            channel_vectors,
-            reduced_vectors,
-            float(factor),
-            num_warps=config.num_warps,
-            num_stages=3,
-            IMAGES=16,
-            CHUNK=config.chunk,
-            GATE_ACTIVATION=gate_activation,
-            **sizes,
-        )
-        if not any(needed[1:]):
             return
-        if slices > 1:
-            hidden_gradient = reduce.totals(hidden_gradient)
+        hidden = torch.empty((images, reduced), dtype=torch.float32, device=device)
         launch(
-            _weights_backward_kernel,
-            (triton.cdiv(channels, config.channels),),
-            *results[1:],
-            hidden,
-            hidden_gradient,
-            expanded,
-            mean,
-            reduce_weight,
-            images,
-            channel_vectors,
-            reduced_vectors,
-            float(factor),
-            num_warps=config.num_warps,
-            num_stages=2,
-            IMAGES=32,
-            CHANNELS=config.channels,
-            **sizes,
+            run_kernel,
+            (tiles * triton.cdiv(reduced, 16),),
+            *(None, hidden, *first, None, None, *sizes),
+            PARTIALS=partials,
+            REDUCED=16,
+            **constants,
+        )
+        launch(
+            run_kernel,
+            (tiles * slices,),
+            *(result, hidden, None, None, None, *second, *sizes),
+            PARTIALS=1,
+            REDUCED=64,
+            **constants,
         )
 
-    run(
-        choose(
-            "squeeze_excite_gate_backward",
-            problem,
-            device_of(mean),
-            gate_backward_heuristic,
-            gate_backward_candidates,
-            run,
-        )
-    )
-    return results
+    target = device_of(mean)
+    run(choose("squeeze_excite_gate", problem, target, gate_heuristic, gate_candidates, run))
+    return result
