@@ -91,8 +91,7 @@ def _small_kernel(
     channels = channel_vectors * VECTOR
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     inside = c < channels
-    total, squares = moments_of_rows(input_ptr, rows, channels, c, UNROLL, ROWS, CHANNELS)
-    mean = total / rows.to(tl.float32)
+    mean, squares = moments_of_rows(input_ptr, rows, channels, c, UNROLL, ROWS, CHANNELS)
     var = squares / rows.to(tl.float32)
     tl.store(mean_ptr + c, mean, mask=inside)
     tl.store(var_ptr + c, var, mask=inside)
@@ -269,6 +268,11 @@ def batch_norm_act_backward(
         if all(gradient is None for gradient in output_gradients):
             return (None,) * len(arguments)
         upstream = torch.zeros_like(input)
+    if input.numel() == 0:  # the statistics are NaN
+        return tuple(
+            torch.zeros_like(argument) if need else None
+            for argument, need in zip(arguments, needed, strict=True)
+        )
     input, upstream = nhwc(input), nhwc(upstream)
     residual = None if residual is None else nhwc(residual)
     mean, var = saved if training else (running_mean, running_var)
@@ -281,12 +285,8 @@ def batch_norm_act_backward(
     problem = sum_problem(input, 2 + (residual is not None and activation != "none"))
     config = small(problem, input.element_size()) if sums_needed and any(outputs) else None
     if config is not None:
-        vectors = gradient_vectors(
-            normalization, training, (False, *parameters), statistics_needed
-        )
-        results = tuple(
-            empty_nhwc(input, *input.shape[1:]) if need else None for need in outputs
-        )
+        vectors = gradient_vectors(normalization, training, (False, *parameters), statistics_needed)
+        results = tuple(empty_nhwc(input, *input.shape[1:]) if need else None for need in outputs)
         statistics_pointers = output_gradients if training else (vectors.mean, vectors.var)
         launch(
             _small_backward_kernel,

@@ -125,17 +125,19 @@ def small(problem: SumProblem, itemsize: int) -> SumConfig | None:
     return SumConfig(1, 4 if problem.inputs == 1 else 2, rows, channels, num_warps)
 
 
-# Warps that fit on a processor, by kernel: what its registers leave room for.
-_WARPS = {
-    "_apply_kernel": 24,
-}
-
-
 def promise(launch: Launch) -> Promise:
-    """Whole vectors wherever the channels allow; warps as the header of each kernel says."""
+    """Whole vectors wherever the channels allow, and as many warps as the kernel's registers let
+    in: sums hold their channels' vectors (40 values) beside two accumulators, and 16 warps with
+    four loads each still have 32 KB in flight."""
+    constants = dict(launch.constants)
     name = launch.kernel.fn.__name__
-    if "VECTOR" not in dict(launch.constants):  # kernels over a few vectors of C values
-        return Promise(warps=16)
+    if "VECTOR" not in constants:  # over a few vectors of C values
+        return Promise(warps=32)
+    warps = {"_apply_kernel": 28, "_statistics_kernel": 32, "_differentiate_kernel": 24}.get(
+        name, 16
+    )
+    if name == "_sums_kernel" and constants.get("gate_ptr", "given") == "given":
+        warps = 12  # 44 KB, for the gate and the offset take two loads more
     vectored = is_vectored(launch)
     writes = name not in ("_statistics_kernel", "_sums_kernel")
-    return Promise(_WARPS.get(name, 16), vectored, vectored and writes)
+    return Promise(warps, vectored, vectored and writes)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from . import reduce
 from .batch_norm_act_config import SumConfig, SumProblem, sum_candidates, sum_heuristic
-from .batch_norm_act_passes import Normalization, normalization_scale, normalized, vector_of
+from .batch_norm_act_passes import Normalization, normalization_scale, vector_of
 from .language import kernel, slope
 from .launch import device_of, launch, vector_width
 from .operands import Gradient
@@ -45,7 +45,7 @@ def moments_of_rows(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Σ x and Σ (x − mean)², [channels] each, of ``rows`` rows from ``pointer`` on."""
+    """The mean and Σ (x − mean)², [channels] each, of ``rows`` rows from ``pointer`` on."""
     r = tl.arange(0, ROWS)
     lane = (tl.arange(0, UNROLL) * ROWS)[:, None, None] + r[None, :, None]
     offsets = lane * channels + c[None, None, :]
@@ -67,9 +67,11 @@ def moments_of_rows(
         squares += tl.sum(away * away, 0) + distance * distance * (count * share)
         mean += distance * share
         count += added
-    total = tl.sum(mean * count, 0)
-    distance = mean - (total / tl.maximum(rows, 1).to(tl.float32))[None, :]
-    return total, tl.sum(squares + count * distance * distance, 0)
+    # Twice, so that the sum's rounding is not the mean's: the second sum is of small numbers.
+    whole = tl.sum(mean * count, 0) / rows
+    whole += tl.sum((mean - whole[None, :]) * count, 0) / rows
+    distance = mean - whole[None, :]
+    return whole, tl.sum(squares + count * distance * distance, 0)
 
 
 @kernel
@@ -91,12 +93,12 @@ def _statistics_kernel(
     block = tl.program_id(0) // chunks
     first = block.to(tl.int64) * block_rows
     left = tl.minimum(rows - first, block_rows).to(tl.int32)
-    total, squares = moments_of_rows(
+    mean, squares = moments_of_rows(
         input_ptr + first * channels, left, channels, c, UNROLL, ROWS, CHANNELS
     )
     tl.store(counts_ptr + block, left.to(tl.float32))  # by every chunk, the same
     partial = partials_ptr + block * 2 * channels + c
-    tl.store(partial, total, mask=c < channels)
+    tl.store(partial, mean * left, mask=c < channels)
     tl.store(partial + channels, squares, mask=c < channels)
 
 
@@ -222,7 +224,15 @@ def _sums_kernel(
 
 @kernel
 def _affine_kernel(
-    scale_ptr, shift_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, eps, channels, BLOCK: tl.constexpr
+    scale_ptr,
+    shift_ptr,
+    weight_ptr,
+    bias_ptr,
+    mean_ptr,
+    var_ptr,
+    eps,
+    channels,
+    BLOCK: tl.constexpr,
 ):
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = c < channels
@@ -547,6 +557,7 @@ def gradient_vectors(
 
 
 def sum_problem(input: Tensor, inputs: int) -> SumProblem:
+    """What a reduction over the rows of ``inputs`` tensors like ``input`` has to do."""
     images, channels, height, width = input.shape
     rows = images * height * width
     return SumProblem(1, rows, channels, vector_width(input.dtype, channels), inputs)

@@ -211,9 +211,7 @@ def squeeze_excite(
     sums, _ = pool(input)
     factor = 1 / (input.shape[2] * input.shape[3])
     weights = (reduce_weight, reduce_bias, expand_weight, expand_bias)
-    return apply(
-        input, Forward(gate=gate(sums, factor, *weights, activation, gate_activation))
-    )
+    return apply(input, Forward(gate=gate(sums, factor, *weights, activation, gate_activation)))
 
 
 def squeeze_excite_backward(

@@ -42,6 +42,7 @@ class GateBackwardConfig:
     """Sizes of the gate's two backward kernels."""
 
     chunk: int  # channels a step of the first
+    step: int  # and hidden values
     num_warps: int
     num_stages: int
     tile: int  # images, channels and hidden values of the second
@@ -81,18 +82,17 @@ def _gate(problem: GateProblem, split: bool, images: int) -> GateConfig:
 
 
 def gate_backward_heuristic(problem: GateProblem, device: Device) -> GateBackwardConfig:
-    """Steps of 64 x 64 weights (float32: 32 x 64), three of them on their way."""
-    return GateBackwardConfig(64 * 2 // max(problem.itemsize, 2), 4, 3, 32)
+    """Steps of 64 x 64 weights (float32: 32 x 32), three of them on their way."""
+    size = 64 if problem.itemsize == 2 else 32
+    return GateBackwardConfig(size, size, 4, 3, 32)
 
 
-def gate_backward_candidates(
-    problem: GateProblem, device: Device
-) -> Iterable[GateBackwardConfig]:
+def gate_backward_candidates(problem: GateProblem, device: Device) -> Iterable[GateBackwardConfig]:
     """Other numbers of warps, smaller tiles."""
     best = gate_backward_heuristic(problem, device)
     for num_warps in (4, 8):
         for tile in (16, 32):
-            yield GateBackwardConfig(best.chunk, num_warps, best.num_stages, tile)
+            yield GateBackwardConfig(best.chunk, best.step, num_warps, best.num_stages, tile)
 
 
 def pool_heuristic(problem: SumProblem, device: Device) -> SumConfig:

@@ -2,8 +2,10 @@
 
     expanded = gate_gradient · gate_activation'(expand_weight · activation(hidden) + expand_bias)
     h        = (expand_weightᵀ · expanded) · activation'(hidden)
-    mean_gradient = reduce_weightᵀ · h
-    reduce_weight_gradient = Σ_n h ⊗ mean        expand_weight_gradient = Σ_n expanded ⊗ activation(hidden)
+
+    mean_gradient          = reduce_weightᵀ · h
+    reduce_weight_gradient = Σ_n h ⊗ mean
+    expand_weight_gradient = Σ_n expanded ⊗ activation(hidden)
 
 Layout: [N, C] and [N, R]; matrices [R, C] and [C, R], row by row.
 
@@ -137,7 +139,11 @@ def _hidden_gradient_kernel(
                 mask=(c < channels)[:, None] & (r < reduced)[None, :],
                 other=0.0,
             )
-            total = dot(gradient.to(weight.dtype), weight, total, PRECISION)
+            high = gradient.to(weight.dtype)
+            total = dot(high, weight, total, PRECISION)
+            if weight.dtype != tl.float32:  # what rounding took away
+                low = (gradient - high.to(tl.float32)).to(weight.dtype)
+                total = dot(low, weight, total, PRECISION)
         mask = present & (r < reduced)[None, :]
         offsets = image[:, None] * reduced + r[None, :]
         slopes = tl.load(hidden_gradient_ptr + offsets, mask=mask, other=0.0)
@@ -326,7 +332,7 @@ def gate_backward(
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             IMAGES=16,
-            REDUCED=min(padded(reduced), 64),
+            REDUCED=min(padded(reduced), config.step),
             CHUNK=config.chunk,
             ACTIVATION=activation,
             GATE_ACTIVATION=gate_activation,
