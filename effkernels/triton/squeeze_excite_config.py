@@ -78,17 +78,19 @@ def _gate(problem: GateProblem, split: bool, images: int) -> GateConfig:
     values = 16384 * 2 // problem.itemsize // reduced
     if images == 1:
         return GateConfig(split, 1, 64, max(min(512, values), 16), 8 if split else 16, 1)
-    return GateConfig(split, _TILE, 64, max(min(128, values // 2), 16), 4, 3)
+    widest = 128 if problem.blocks == 1 else 64  # beside four partial sums of each mean
+    return GateConfig(split, _TILE, 64, max(min(widest, values // 2), 16), 4, 3)
 
 
 def gate_backward_heuristic(problem: GateProblem, device: Device) -> GateBackwardConfig:
-    """Steps of 64 x 64 weights (float32: 32 x 32), three of them on their way."""
+    """Steps of 64 x 64 weights (float32: 32 x 32), three of them on their way; in the second
+    kernel tiles of 16, which leave room for 24 warps, where those of 32 left room for 8."""
     size = 64 if problem.itemsize == 2 else 32
-    return GateBackwardConfig(size, size, 4, 3, 32)
+    return GateBackwardConfig(size, size, 4, 3, 16)
 
 
 def gate_backward_candidates(problem: GateProblem, device: Device) -> Iterable[GateBackwardConfig]:
-    """Other numbers of warps, smaller tiles."""
+    """Other numbers of warps, larger tiles."""
     best = gate_backward_heuristic(problem, device)
     for num_warps in (4, 8):
         for tile in (16, 32):
