@@ -209,6 +209,7 @@ def _backward(
         or mean_gradient is not None
         or var_gradient is not None
         or torch.is_grad_enabled()  # double backward: differentiate the reference instead
+        or input.numel() == 0  # PyTorch's formula divides by the number of values
     ):
         return NotImplemented
     mean, var = saved

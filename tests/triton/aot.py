@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -189,19 +190,29 @@ def check(op: str, capability: int, calls: Iterable[Callable[[], Any]]) -> int:
 
 def run(op: str, capability: int) -> tuple[int, list[str]]:
     """:func:`check` in a process of its own, without the interpreter: (compiled, broken)."""
-    import os
+    *broken, last = _without_interpreter("-m", __name__, op, str(capability))
+    return last["compiled"], [f"{b['launch']}: {'; '.join(b['wrong'])}" for b in broken]
 
+
+def result_of(function: str) -> Any:
+    """What ``module:function`` gives (as JSON) in a process of its own, without the interpreter."""
+    module, name = function.split(":")
+    code = f"import json, {module} as m; print(json.dumps(m.{name}()))"
+    return _without_interpreter("-c", code)[-1]
+
+
+def _without_interpreter(*command: str) -> list[Any]:
+    """The JSON lines that Python prints in a process that can compile kernels."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(
-        [sys.executable, "-m", __name__, op, str(capability)],
+        [sys.executable, *command],
         capture_output=True,
         text=True,
         env=environment,
         cwd=Path(__file__).parents[2],
     )
     assert result.returncode == 0, result.stderr
-    *broken, last = map(json.loads, result.stdout.splitlines())
-    return last["compiled"], [f"{b['launch']}: {'; '.join(b['wrong'])}" for b in broken]
+    return [json.loads(line) for line in result.stdout.splitlines()]
 
 
 if __name__ == "__main__":
