@@ -48,14 +48,16 @@ def product_heuristic(problem: ProductProblem, device: Device) -> ProductConfig:
     """Wide tiles where there are enough to fill the device, small ones and splits where not.
 
     None of this was measured; the reasons are:
-    - 128 × 128 accumulators in eight warps are 64 registers a thread, which leaves as many for a
-      prologue and still lets two programs share a processor. float32 has twice the bytes, and its
-      products in three parts hold twice the registers: half the rows and half the outputs.
-    - All outputs in one tile if they fit, so that the input is read from the L2 cache once; 64 of
-      them where 128 would leave more than an eighth empty.
+    - 128 × 128 accumulators in eight warps are 64 registers a thread, which lets two programs share
+      a processor. float32 moves twice the bytes: half the rows and half the outputs.
+    - All outputs in one tile if they fit, so that the input is read from the L2 cache once;
+      narrower where that saves an eighth: an epilogue computes what lies beyond the outputs too,
+      and 32 → 192 with SiLU at 2 bytes has as much to do for the exponentials as for the memory.
     - Steps of 128 bytes of channels, an L2 line; 3 stages of 128 × 64 and 64 × 128 are 96 KB.
-      What lies beyond the channels costs idle lanes of a product but moves no bytes.
-    - A stream pays when every program has several tiles to run ahead in.
+      What lies beyond the channels costs idle lanes of a product but moves no bytes. A gradient has
+      two tensors to read and goes through float32 registers: half a step.
+    - A stream pays when every program has several tiles to run ahead in. It keeps more addresses
+      and loads ahead, so it is at most 64 wide.
     - The tensor cores of sm_90 need 64 rows for each of their warp groups; where that leaves most
       processors without work, waiting is dearer than narrow instructions: 16 rows.
     - Loops of fewer than 8 steps end before the second launch of a split would begin.
@@ -63,21 +65,20 @@ def product_heuristic(problem: ProductProblem, device: Device) -> ProductConfig:
     p = problem
     two_bytes = p.itemsize == 2
     widest, channels = (128, 64) if two_bytes else (64, 32)
-    outputs = _covering(p.outputs, 32, widest)
-    if outputs == 128 and _padded(p.outputs, 64) * 8 <= _padded(p.outputs, 128) * 7:
-        outputs = 64
+    one_step = p.channels <= channels
+    if p.prologue.startswith("gradient"):
+        channels //= 2
+    outputs = _width(p.outputs, widest, 64)
 
     def tiles(rows: int, outputs: int) -> int:
         return -(-p.rows // rows) * -(-p.outputs // outputs)
 
     if tiles(128, outputs) >= 2 * device.processors:
-        rows = 128 if two_bytes else 64
-        num_warps = 8 if rows * outputs >= 128 * 128 else 4
-        if p.channels <= channels and not p.summed:
-            programs = _RESIDENT * device.processors
-            if tiles(rows, outputs) >= 4 * programs:
-                channels = _covering(p.channels, 16, channels)
-                return ProductConfig(rows, outputs, channels, num_warps, 3, stream=True)
+        rows, num_warps = (128, 8) if two_bytes else (64, 4)
+        narrow = _width(p.outputs, 64, 32)
+        if one_step and not p.summed and tiles(rows, narrow) >= 4 * _RESIDENT * device.processors:
+            channels = _covering(p.channels, 16, 64)
+            return ProductConfig(rows, narrow, channels, num_warps, 3, stream=True)
         return ProductConfig(rows, outputs, channels, num_warps, 3)
     outputs = min(outputs, 64)
     if tiles(64, outputs) >= device.processors:
@@ -136,22 +137,26 @@ class WeightConfig:
 
 
 def weight_heuristic(problem: WeightProblem, device: Device) -> WeightConfig:
-    """Tiles of at most 64 × 128, long where the matrix is, and two programs a processor.
+    """Tiles of 64 × 128 (float32: 32 × 64), long where the matrix is, and two programs a processor.
 
     A split has at least eight steps, so that its partial result (written and read once in float32)
-    is small beside what it read. Not measured.
+    is small beside what it read. float32 runs on two warps, which is what makes the compiler use
+    the older tensor-core instructions: sm_90's own want both operands of tf32 transposed, and the
+    copies into shared memory become 4 bytes each. Not measured.
     """
     p = problem
     two_bytes = p.itemsize == 2
-    long, short = (128, 64) if two_bytes else (64, 64)
+    long, short = (128, 64) if two_bytes else (64, 32)
     outputs = _covering(p.outputs, 16, long if p.outputs > p.channels else short)
     channels = _covering(p.channels, 16, short if p.outputs > p.channels else long)
     block_rows = 64 if two_bytes else 32
+    if (p.upstream_prologue, p.input_prologue) != ("plain", "plain"):
+        block_rows //= 2
     tiles = -(-p.outputs // outputs) * -(-p.channels // channels)
     steps = -(-p.rows // block_rows)
     splits = max(1, min(-(-2 * device.processors // tiles), steps // 8))
-    num_warps = 8 if outputs * channels >= 64 * 128 else 4
-    return WeightConfig(outputs, channels, block_rows, splits, num_warps, 3)
+    num_warps = 8 if outputs + channels > 128 else 4 if two_bytes else 2
+    return WeightConfig(outputs, channels, block_rows, splits, num_warps, 3 if two_bytes else 2)
 
 
 def weight_candidates(problem: WeightProblem, device: Device) -> Iterable[WeightConfig]:
@@ -167,6 +172,14 @@ def weight_candidates(problem: WeightProblem, device: Device) -> Iterable[Weight
                     splits=splits,
                     num_warps=warps,
                 )
+
+
+def _width(size: int, most: int, narrow: int) -> int:
+    """The power of two from 32 to ``most`` that covers ``size``; ``narrow`` if it saves an eighth."""
+    width = _covering(size, 32, most)
+    if width > narrow and _padded(size, narrow) * 8 <= _padded(size, width) * 7:
+        width = narrow
+    return width
 
 
 def _padded(size: int, block: int) -> int:

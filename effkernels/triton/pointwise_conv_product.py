@@ -77,8 +77,8 @@ def _epilogue(
     mean_factor,
     output_ptr,
     sums_ptr,
-    scale_ptr,
-    bias_ptr,
+    scale,
+    bias,
     residual_ptr,
     gate_ptr,
     other_ptr,
@@ -95,10 +95,10 @@ def _epilogue(
     inside = inside_rows[:, None] & inside_k[None, :]
     offsets = row_offsets(rows, outputs, WIDE)[:, None] + k[None, :]
     value = accumulator
-    if scale_ptr is not None:
-        value *= tl.load(scale_ptr + k, mask=inside_k, other=0.0).to(tl.float32)[None, :]
-    if bias_ptr is not None:
-        value += tl.load(bias_ptr + k, mask=inside_k, other=0.0).to(tl.float32)[None, :]
+    if scale is not None:
+        value *= scale[None, :]
+    if bias is not None:
+        value += bias[None, :]
     if residual_ptr is not None:
         value += tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     value = activate(value, ACTIVATION)
@@ -107,14 +107,14 @@ def _epilogue(
         summand = value
         if other_ptr is not None:
             other = tl.load(other_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-            scale, shift = 1.0, 0.0
+            other_scale, other_shift = 1.0, 0.0
             if other_scale_ptr is not None:
-                scale = tl.load(other_scale_ptr + k, mask=inside_k, other=0.0)[None, :]
-                shift = tl.load(other_shift_ptr + k, mask=inside_k, other=0.0)[None, :]
+                other_scale = tl.load(other_scale_ptr + k, mask=inside_k, other=0.0)[None, :]
+                other_shift = tl.load(other_shift_ptr + k, mask=inside_k, other=0.0)[None, :]
             summand *= forward_operand(
                 other,
-                scale,
-                shift,
+                other_scale,
+                other_shift,
                 1.0,
                 AFFINE=other_scale_ptr is not None,
                 ACTIVATION=OTHER_ACTIVATION,
@@ -139,6 +139,16 @@ def _epilogue(
     if output_ptr is not None:
         tl.store(output_ptr + offsets, stored, mask=inside)
     return value
+
+
+@triton.jit
+def _load_vector(vector_ptr, k, outputs):
+    """[k] float32, or None if there is none."""
+    if vector_ptr is None:
+        vector = None
+    else:
+        vector = tl.load(vector_ptr + k, mask=k < outputs, other=0.0).to(tl.float32)
+    return vector
 
 
 @triton.jit
@@ -223,6 +233,8 @@ def _product_kernel(
     k = tl.program_id(0) % output_tiles * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
     c = tl.arange(0, BLOCK_CHANNELS)
     if STREAM:
+        scale = _load_vector(scale_ptr, k, outputs)
+        bias = _load_vector(bias_ptr, k, outputs)
         part = tl.program_id(0) // output_tiles
         parts = tl.num_programs(0) // output_tiles
         matrix = _load_matrix(matrix_ptr, c, k, channels, outputs, TRANSPOSED)
@@ -275,8 +287,8 @@ def _product_kernel(
                 mean_factor,
                 output_ptr,
                 sums_ptr,
-                scale_ptr,
-                bias_ptr,
+                scale,
+                bias,
                 residual_ptr,
                 gate_ptr,
                 other_ptr,
@@ -343,6 +355,8 @@ def _product_kernel(
             inside = inside_rows[:, None] & (k < outputs)[None, :]
             tl.store(partials_ptr + offsets, accumulator, mask=inside)
         else:
+            scale = _load_vector(scale_ptr, k, outputs)
+            bias = _load_vector(bias_ptr, k, outputs)
             value = _epilogue(
                 accumulator,
                 tile,
@@ -359,8 +373,8 @@ def _product_kernel(
                 mean_factor,
                 output_ptr,
                 sums_ptr,
-                scale_ptr,
-                bias_ptr,
+                scale,
+                bias,
                 residual_ptr,
                 gate_ptr,
                 other_ptr,
@@ -420,6 +434,8 @@ def _finish_kernel(
     for split in range(splits):
         offsets = row_offsets(split * total_rows + rows, outputs, WIDE)[:, None] + k[None, :]
         total += tl.load(partials_ptr + offsets, mask=inside, other=0.0)
+    scale = _load_vector(scale_ptr, k, outputs)
+    bias = _load_vector(bias_ptr, k, outputs)
     value = _epilogue(
         total,
         tile,
@@ -436,8 +452,8 @@ def _finish_kernel(
         mean_factor,
         output_ptr,
         sums_ptr,
-        scale_ptr,
-        bias_ptr,
+        scale,
+        bias,
         residual_ptr,
         gate_ptr,
         other_ptr,
@@ -503,6 +519,10 @@ def product(
     images, channels, height, width = like.shape
     outputs = matrix.shape[1 if transposed else 0]
     pixels, rows = height * width, images * height * width
+    if transposed and matrix.dtype == torch.float32:
+        # sm_90's tensor cores want tf32 with the channels side by side: otherwise every program
+        # would copy its part of the matrix 4 bytes at a time.
+        matrix, transposed = matrix.t().contiguous(), False
     inner = operand_of(input, operand)
     other = NO_OPERAND if correlate is None else operand_of(correlate, correlate_operand)
     device = device_of(like)
