@@ -25,7 +25,8 @@ class ProductProblem:
     prologue: str
     activation: str
     residual: bool
-    summed: bool  # a mean or a correlation is wanted
+    mean: bool
+    correlation: bool
     moments: bool
     store: bool
 
@@ -54,8 +55,10 @@ def product_heuristic(problem: ProductProblem, device: Device) -> ProductConfig:
       narrower where that saves an eighth: an epilogue computes what lies beyond the outputs too,
       and 32 → 192 with SiLU at 2 bytes has as much to do for the exponentials as for the memory.
     - Steps of 128 bytes of channels, an L2 line; 3 stages of 128 × 64 and 64 × 128 are 96 KB.
-      What lies beyond the channels costs idle lanes of a product but moves no bytes. A gradient has
-      two tensors to read and goes through float32 registers: half a step.
+      What lies beyond the channels costs idle lanes of a product but moves no bytes. Half of that
+      where a prologue takes them through float32 registers (with 64 channels a gate, norm and SiLU
+      took 185 registers a thread), and half the outputs for a correlation, which has another tensor
+      of the output's size in registers (250 with 128 of them).
     - A stream pays when every program has several tiles to run ahead in. It keeps more addresses
       and loads ahead, so it is at most 64 wide.
     - The tensor cores of sm_90 need 64 rows for each of their warp groups; where that leaves most
@@ -66,8 +69,10 @@ def product_heuristic(problem: ProductProblem, device: Device) -> ProductConfig:
     two_bytes = p.itemsize == 2
     widest, channels = (128, 64) if two_bytes else (64, 32)
     one_step = p.channels <= channels
-    if p.prologue.startswith("gradient"):
+    if p.prologue != "plain":
         channels //= 2
+    if p.correlation:
+        widest = min(widest, 64)
     outputs = _width(p.outputs, widest, 64)
 
     def tiles(rows: int, outputs: int) -> int:
@@ -75,8 +80,8 @@ def product_heuristic(problem: ProductProblem, device: Device) -> ProductConfig:
 
     if tiles(128, outputs) >= 2 * device.processors:
         rows, num_warps = (128, 8) if two_bytes else (64, 4)
-        narrow = _width(p.outputs, 64, 32)
-        if one_step and not p.summed and tiles(rows, narrow) >= 4 * _RESIDENT * device.processors:
+        narrow, summed = _width(p.outputs, 64, 32), p.mean or p.correlation
+        if one_step and not summed and tiles(rows, narrow) >= 4 * _RESIDENT * device.processors:
             channels = _covering(p.channels, 16, 64)
             return ProductConfig(rows, narrow, channels, num_warps, 3, stream=True)
         return ProductConfig(rows, outputs, channels, num_warps, 3)
@@ -93,7 +98,7 @@ def product_candidates(problem: ProductProblem, device: Device) -> Iterable[Prod
     """Other tiles, numbers of warps, stages and splits around the heuristic's."""
     base = product_heuristic(problem, device)
     for rows, warps in ((16, 4), (64, 4), (128, 4), (128, 8)):
-        for outputs in (32, 64, 128):
+        for outputs in (32, 64, 128, 256):
             for stages in (2, 3, 4):
                 for splits in {1, base.splits, 2 * base.splits}:
                     yield replace(
@@ -175,7 +180,7 @@ def weight_candidates(problem: WeightProblem, device: Device) -> Iterable[Weight
 
 
 def _width(size: int, most: int, narrow: int) -> int:
-    """The power of two from 32 to ``most`` that covers ``size``; ``narrow`` if it saves an eighth."""
+    """The power of two from 32 to ``most`` that covers ``size``; ``narrow`` to save an eighth."""
     width = _covering(size, 32, most)
     if width > narrow and _padded(size, narrow) * 8 <= _padded(size, width) * 7:
         width = narrow

@@ -56,6 +56,7 @@ from .pointwise_conv_operand import (
     operand_of,
     per_image,
     precision,
+    rounded,
 )
 from .tune import choose
 
@@ -137,6 +138,7 @@ def _epilogue(
     if gate_ptr is not None:
         stored *= per_image(gate_ptr, image, first_image, images, k, inside_k, outputs, IMAGES)
     if output_ptr is not None:
+        stored = rounded(stored, output_ptr.dtype.element_ty)
         tl.store(output_ptr + offsets, stored, mask=inside)
     return value
 
@@ -248,7 +250,7 @@ def _product_kernel(
             inside_rows = rows < total_rows
             image = rows // pixels
             first_image = tile * BLOCK_ROWS // pixels
-            operand = load_operand(
+            value = load_operand(
                 input_ptr,
                 z_ptr,
                 in_scale_ptr,
@@ -268,7 +270,8 @@ def _product_kernel(
                 PROLOGUE,
                 IN_ACTIVATION,
                 IMAGES,
-            ).to(TYPE)
+            )
+            operand = rounded(value, TYPE)
             accumulator = tl.zeros([BLOCK_ROWS, BLOCK_OUTPUTS], tl.float32)
             accumulator = dot(operand, matrix, accumulator, PRECISION)
             value = _epilogue(
@@ -325,7 +328,7 @@ def _product_kernel(
         accumulator = tl.zeros([BLOCK_ROWS, BLOCK_OUTPUTS], tl.float32)
         row_offset = row_offsets(rows, channels, WIDE)
         for step in range(first_step, last_step):
-            operand = load_operand(
+            value = load_operand(
                 input_ptr,
                 z_ptr,
                 in_scale_ptr,
@@ -345,7 +348,8 @@ def _product_kernel(
                 PROLOGUE,
                 IN_ACTIVATION,
                 IMAGES,
-            ).to(TYPE)
+            )
+            operand = rounded(value, TYPE)
             matrix = _load_matrix(
                 matrix_ptr, step * BLOCK_CHANNELS + c, k, channels, outputs, TRANSPOSED
             )
@@ -526,7 +530,6 @@ def product(
     inner = operand_of(input, operand)
     other = NO_OPERAND if correlate is None else operand_of(correlate, correlate_operand)
     device = device_of(like)
-    summed = mean or correlate is not None
     problem = ProductProblem(
         rows,
         pixels,
@@ -536,7 +539,8 @@ def product(
         inner.key,
         activation,
         residual is not None,
-        summed,
+        mean,
+        correlate is not None,
         moments,
         store,
     )
@@ -564,7 +568,7 @@ def product(
                 device=like.device,
                 memory_format=torch.channels_last,
             )
-        if summed:
+        if mean or correlate is not None:
             sums = empty(images, slots, outputs)
         if moments:
             counts, partial_moments = empty(last_parts), empty(last_parts, 2, outputs)

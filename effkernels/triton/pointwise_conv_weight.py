@@ -32,7 +32,13 @@ from .pointwise_conv_config import (
     weight_candidates,
     weight_heuristic,
 )
-from .pointwise_conv_operand import images_of_a_tile, load_operand, operand_of, precision
+from .pointwise_conv_operand import (
+    images_of_a_tile,
+    load_operand,
+    operand_of,
+    precision,
+    rounded,
+)
 from .tune import choose
 
 
@@ -144,7 +150,7 @@ def _weight_gradient_kernel(
             IN_ACTIVATION,
             IMAGES,
         )
-        total = dot(tl.trans(gradient.to(TYPE)), value.to(TYPE), total, PRECISION)
+        total = dot(tl.trans(rounded(gradient, TYPE)), rounded(value, TYPE), total, PRECISION)
     inside = (k < outputs)[:, None] & (c < channels)[None, :]
     offsets = row_offsets(split * outputs + k, channels, WIDE)[:, None] + c[None, :]
     tl.store(result_ptr + offsets, total, mask=inside)
@@ -207,6 +213,7 @@ def _materialize_kernel(
         0,
     )
     inside = inside_rows[:, None] & (c < channels)[None, :]
+    value = rounded(value, output_ptr.dtype.element_ty)
     tl.store(output_ptr + row_offset[:, None] + c[None, :], value, mask=inside)
 
 
