@@ -157,6 +157,16 @@ def select(operator: Operator, arguments: tuple[Any, ...]) -> Implementation:
     raise AssertionError("the reference backend runs every call")
 
 
+def runs_on(op: str, backend: str, input: Tensor) -> bool:
+    """Whether ``op`` of ``input`` runs on ``backend`` here, as far as ``input`` decides."""
+    choice = requested()
+    order = AUTO_ORDER.get(input.device.type, DEFAULT_ORDER)
+    for name in order if choice == "auto" else (choice,):
+        if _why_not(operators[op], name, (input,)) is None:
+            return name == backend
+    return False
+
+
 def _why_not(operator: Operator, backend: str, arguments: tuple[Any, ...]) -> str | None:
     implementation = operator.implementations.get(backend)
     if implementation is None:
@@ -177,7 +187,7 @@ def define(
     *,
     reference: Callable[..., Any],
     fake: Callable[..., Any],
-    native: Implementation,
+    native: Implementation | None,
     backward: Callable[..., Any] | None = None,
     saves: tuple[int, ...] = (),
 ) -> torch._ops.OpOverload:
@@ -191,7 +201,7 @@ def define(
         schema: argument and result types in PyTorch's schema language; no defaults.
         reference: the op in plain, differentiable PyTorch.
         fake: the shape rule, called with fake tensors.
-        native: the compiled implementation.
+        native: the compiled implementation, None if there is none.
         backward: the gradient formula ``(arguments, needed, saved, gradients) -> tuple``, or None
             to differentiate ``reference`` (recomputing it in the backward pass). ``saved`` are the
             outputs that ``saves`` names; NotImplemented as a result means the same as None.
@@ -201,9 +211,10 @@ def define(
     overload = getattr(torch.ops.effkernels, name).default
     operator = Operator(name, overload)
     operator.implementations["reference"] = Implementation(lambda *_: None, reference)
-    operator.implementations["native"] = native
+    if native is not None:
+        operator.implementations["native"] = native
     operator.implementations["triton"] = Implementation(
-        triton.can_run, triton.function(name), triton.function(f"{name}_backward")
+        triton.can_run, triton.function(name), triton.function(name, f"{name}_backward")
     )
     operators[name] = operator
 

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from .accelerate import check_model
-from .dispatch import requested
 from .freeze import Frozen
+from .kernels import kernels_for, why_no_kernels
 from .modules.plan import Planned
-from .native import can_run, cpu_isa
-from .program import Call, Program, Step, Value
+from .program import Call, Replay, Step, Value
 from .record import CannotRecord, Recorder
 
 __all__ = ["Report", "Row", "explain"]
@@ -105,7 +104,7 @@ def explain(model: nn.Module, x: Tensor, profile: bool = False) -> Report:
         profile: measure the time of every row, each step run by itself.
 
     Returns:
-        A row for every native kernel call and every other op or module that computes something.
+        A row for every kernel call and every other op or module that computes something.
 
     Raises:
         TypeError: if ``model`` is no module or ``x`` no tensor.
@@ -204,11 +203,9 @@ def _explain_unit(unit: _Unit, profile: bool, found: _Findings) -> None:
     ]
     if hooked:
         return _add_module(unit, f"{hooked[0]} has a hook", profile, found)
-    if requested() not in ("auto", "native"):
-        return _add_module(unit, f"backend {requested()!r} was asked for", profile, found)
-    reason = can_run(unit.input)
-    if reason is not None:
-        return _add_module(unit, reason, profile, found)
+    kernels = kernels_for(unit.input)
+    if kernels is None:
+        return _add_module(unit, why_no_kernels(unit.input), profile, found)
     recorder = Recorder(unit.input, names)
     with recorder:
         output = unit.module.forward(unit.input)  # has no plans while it is recorded
@@ -216,25 +213,26 @@ def _explain_unit(unit: _Unit, profile: bool, found: _Findings) -> None:
         replay = recorder.finish(output)
     except CannotRecord as error:
         return _add_module(unit, str(error), profile, found)
-    dtype = {torch.float32: "f32", torch.bfloat16: "bf16"}[unit.input.dtype]
+    dtypes = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+    variant = f"{dtypes[unit.input.dtype]} {kernels.variant(unit.input)}"
     tensors: dict[Value, Tensor] = {recorder.input: unit.input}
     for step in replay.steps:
-        found.rows.append(_row(step, f"{dtype} {cpu_isa()}", unit.name))
+        found.rows.append(_row(step, kernels.NAME, variant, unit.name))
         if profile:
-            found.seconds.append(_run(step, tensors))
+            found.seconds.append(_run(step, tensors, replay))
     return None
 
 
-def _row(step: Step | Call, variant: str, unit: str) -> Row:
+def _row(step: Step | Call, backend: str, variant: str, unit: str) -> Row:
     modules = list(dict.fromkeys(name for cover in step.covers for name in cover.modules))
     name = _common(modules) or unit
     covers = tuple(_short(cover.op) for cover in step.covers)
     if isinstance(step, Step):
         if covers == ("mbconv",):
             covers = _block(step)
-        return Row(name, step.kind.name.lower(), covers, "native", variant, "")
+        return Row(name, step.kind.name.lower(), covers, backend, variant, "")
     op = step.function._schema.name
-    return Row(name, _short(op.partition("::")[2]), covers, *_backend(step))
+    return Row(name, _short(op.partition("::")[2]), covers, *_backend(step, backend, variant))
 
 
 def _block(step: Step) -> tuple[str, ...]:
@@ -249,12 +247,12 @@ def _block(step: Step) -> tuple[str, ...]:
     return tuple(part for part, here in present.items() if here)
 
 
-def _backend(call: Call) -> tuple[str, str, str]:
+def _backend(call: Call, backend: str, variant: str) -> tuple[str, str, str]:
     """Backend, variant and reason of an op that is no step of a program."""
     library, _, name = call.function._schema.name.partition("::")
     if library != "effkernels":
         return "PyTorch", "", f"no kernel does {library}::{name} here"
-    return "native", cpu_isa(), "its arguments depend on the input in a way that no program knows"
+    return backend, variant, "its arguments depend on the input in a way that no program knows"
 
 
 def _common(modules: list[str]) -> str:
@@ -270,7 +268,7 @@ def _short(op: str) -> str:
     return {"native_batch_norm": "batch_norm", "addmm": "linear"}.get(op, op).rstrip("_")
 
 
-def _run(step: Step | Call, tensors: dict[Value, Tensor]) -> float:
+def _run(step: Step | Call, tensors: dict[Value, Tensor], replay: Replay) -> float:
     """Seconds that ``step`` takes; what it writes is added to ``tensors``."""
 
     def tensor(value: Any) -> Any:
@@ -284,7 +282,7 @@ def _run(step: Step | Call, tensors: dict[Value, Tensor]) -> float:
         leaves, _ = tree_flatten(step.function(*args, **kwargs))
         tensors.update((v, leaf) for v, leaf in zip(step.outputs, leaves, strict=True) if v)
         return _time(lambda: step.function(*args, **kwargs))
-    program = Program([step], set(step.writes()))
+    program = replay.program([step], set(step.writes()))
     inputs = [tensors[value] for value in program.inputs]
     tensors.update(zip(program.outputs, program(inputs), strict=True))
     return _time(lambda: program(inputs))
@@ -293,7 +291,14 @@ def _run(step: Step | Call, tensors: dict[Value, Tensor]) -> float:
 def _time(function: Callable[[], Any]) -> float:
     seconds = []
     for _ in range(_RUNS):
+        _synchronize()
         start = time.perf_counter()
         function()
+        _synchronize()
         seconds.append(time.perf_counter() - start)
     return median(seconds)
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()

@@ -14,6 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from .accelerate import check_model, restore
 from .cache import generation
 from .dispatch import requested
+from .kernels import kernels_for
 from .modules.fused import convolution_kind
 from .modules.hooks import has_global_hooks, is_untouched
 from .modules.plan import Planned, is_observed
@@ -89,13 +90,12 @@ class Frozen(nn.Module):
         if (
             not isinstance(input, Tensor)
             or (torch.is_grad_enabled() and input.requires_grad)
+            or kernels_for(input) is None
             or is_observed(input)
-            or choice not in ("auto", "native")
             or has_global_hooks()
-            or can_run(input) is not None
         ):
             return self.model(input)
-        key = (input.shape[1:], input.dtype, choice)
+        key = (input.shape[1:], input.dtype, input.device, choice)
         exact = (key, input.shape[0])
         kept = self._replays.get(key) or self._replays.get(exact)
         with torch.no_grad():

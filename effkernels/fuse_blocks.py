@@ -9,21 +9,24 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
-from . import native
+from .native import activation_codes
 from .program import Call, Kind, Step, Value
 
 aten = torch.ops.aten
 
-_SILU = native.activation_codes(["silu"])[0]
-_SIGMOID = native.activation_codes(["sigmoid"])[0]
+_SILU = activation_codes(["silu"])[0]
+_SIGMOID = activation_codes(["sigmoid"])[0]
 
 
-def fuse_blocks(steps: Sequence[Step | Call], outputs: set[Value]) -> list[Step | Call]:
+def fuse_blocks(
+    steps: Sequence[Step | Call], outputs: set[Value], kernels: Any
+) -> list[Step | Call]:
     """``steps`` with [pointwise →] depthwise [→ squeeze-and-excitation] → pointwise made one.
 
     Args:
         steps: in the order they run.
         outputs: values that are wanted in the end.
+        kernels: of the backend that the weights are packed for (:mod:`effkernels.kernels`).
     """
     readers = Counter(value for step in steps for value in set(step.reads()))
     readers.update(outputs)
@@ -31,7 +34,7 @@ def fuse_blocks(steps: Sequence[Step | Call], outputs: set[Value]) -> list[Step 
     gone: set[int] = set()
     fused: dict[int, Step] = {}
     for step in steps:
-        block = _match(step, producers, readers) if isinstance(step, Step) else None
+        block = _match(step, producers, readers, kernels) if isinstance(step, Step) else None
         if block is not None:
             gone.update(id(part) for part in block.parts)
             fused[id(step)] = block.step
@@ -61,14 +64,16 @@ class _Gate(NamedTuple):
 _NO_GATE = _Gate((None, None, None, None), [_SILU, _SIGMOID], [])
 
 
-def _match(project: Step, producers: dict[Value, Any], readers: Counter[Value]) -> _Block | None:
+def _match(
+    project: Step, producers: dict[Value, Any], readers: Counter[Value], kernels: Any
+) -> _Block | None:
     """The block that ``project`` ends, if it ends one."""
     if project.kind != Kind.POINTWISE_CONV or project.mean is not None:
         return None
     before = producers.get(project.input.root())
     gate: _Gate | None = _NO_GATE
     if isinstance(before, Call):
-        depthwise, gate = _match_gate(before, producers, readers)
+        depthwise, gate = _match_gate(before, producers, readers, kernels)
     else:
         depthwise = before
     if gate is None or not _is(depthwise, Kind.DEPTHWISE_CONV):
@@ -105,7 +110,7 @@ def _match(project: Step, producers: dict[Value, Any], readers: Counter[Value]) 
 
 
 def _match_gate(
-    scaling: Call, producers: dict[Value, Any], readers: Counter[Value]
+    scaling: Call, producers: dict[Value, Any], readers: Counter[Value], kernels: Any
 ) -> tuple[Any, _Gate | None]:
     """The depthwise convolution and the gate that ``scaling`` multiplies, (None, None) if not."""
     nothing = (None, None)
@@ -127,7 +132,7 @@ def _match_gate(
     if readers[depthwise.mean] != 1:
         return nothing
     assert reduce.source is not None and expand.source is not None
-    matrices = native.pack_gate(reduce.source.flatten(1), expand.source.flatten(1))
+    matrices = kernels.pack_gate(reduce.source.flatten(1), expand.source.flatten(1))
     weights = (matrices[0], reduce.weights[2], matrices[1], expand.weights[2])
     activations = [*reduce.activations, *expand.activations]
     return depthwise, _Gate(weights, activations, [scaling, reduce, expand])

@@ -19,7 +19,9 @@ from torch import Tensor
 from .build_info import why_not_built
 from .cache import cached
 from .layout import empty_nhwc, nhwc, output_size
+from .program import Program as Program  # one of the names that effkernels/kernels.py lists
 
+NAME = "native"  # of this backend
 _PANEL = 16  # output channels side by side in packed weights; csrc/common/gemm.h kPanel
 _NO_GEOMETRY = [1, 1, 1, 1, 1, 1, 0, 0]
 _IMAGE_CHANNELS = 4  # at most; with more, values of a pixel next to each other read faster
@@ -91,6 +93,11 @@ def can_run(input: Tensor, *rest: Any) -> str | None:
     if input.dtype not in DTYPES:
         return f"input has dtype {input.dtype}; float32 and bfloat16 are accepted"
     return None
+
+
+def variant(input: Tensor) -> str:
+    """The instruction set that runs, for people to read."""
+    return cpu_isa()
 
 
 def activation_codes(names: Sequence[str]) -> list[int]:
@@ -364,6 +371,14 @@ def conv(
         *transformed,
     )
     return output
+
+
+def pack_linear(matrix: Tensor, bias: Tensor) -> tuple[Tensor | None, ...]:
+    """The weights of a pointwise convolution that is a linear layer with this [K, C] matrix.
+
+    Not kept by the cache: a recording's views of weights have no versions to go by.
+    """
+    return gemm_panels(matrix), None, bias.detach().float().contiguous()
 
 
 def pack_gate(reduce_weight: Tensor, expand_weight: Tensor) -> tuple[Tensor, Tensor]:

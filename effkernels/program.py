@@ -1,8 +1,8 @@
 """A recorded forward pass, ready to run again.
 
-Its steps are kernel calls of this library and calls of other ops. Kernel calls in a row become one
-native program (csrc/bindings/program.h), a single call through Python and PyTorch's dispatcher with
-all its values in one arena: a whole EfficientNet is one.
+Its steps are kernel calls of this library and calls of other ops. On a CPU kernel calls in a row
+become one native program (csrc/bindings/program.h), a single call through Python and PyTorch's
+dispatcher with all its values in one arena: a whole EfficientNet is one.
 """
 
 from __future__ import annotations
@@ -109,6 +109,7 @@ class Replay:
 
     Attributes:
         steps: what it does, in order.
+        program: what makes steps in a row into one call; the backend's own.
         any_batch: inputs may have another batch size than the recorded one.
     """
 
@@ -118,19 +119,21 @@ class Replay:
         steps: Sequence[Step | Call],
         outputs: Sequence[Value],
         structure: Any,
+        program: type[Any],
     ) -> None:
         self.steps = steps
+        self.program = program
         self._input = input
         self._outputs = outputs
         self._structure = structure
-        self._parts: list[Program | Call] = []
+        self._parts: list[Any] = []  # Call, or what `program` made
         wanted = {output.root() for output in outputs}
         for part in reversed(_parts(steps)):
             if isinstance(part, Call):
                 self._parts.append(part)
                 wanted.update(part.reads())
             else:
-                program = Program(part, wanted)
+                program = self.program(part, wanted)
                 self._parts.append(program)
                 wanted.update(program.inputs)
         self._parts.reverse()
@@ -141,7 +144,6 @@ class Replay:
         if not self._plain:
             return self._run_parts(input)
         program, (output,) = self._parts[0], self._outputs
-        assert isinstance(program, Program)
         (result,) = program([input])
         return result if output.base is None else output.of(result)
 
@@ -155,7 +157,7 @@ class Replay:
             return found if value.base is None else value.of(found)
 
         for part in self._parts:
-            if isinstance(part, Program):
+            if not isinstance(part, Call):
                 results = part([tensors[value] for value in part.inputs])
                 tensors.update(zip(part.outputs, results, strict=True))
                 continue
@@ -168,7 +170,7 @@ class Replay:
 
 
 class Program:
-    """Steps in a row as one native call.
+    """Steps in a row as one native call; :mod:`effkernels.triton.program` has its like for GPUs.
 
     Args:
         steps: at least one, of one dtype.
@@ -176,13 +178,7 @@ class Program:
     """
 
     def __init__(self, steps: Sequence[Step], wanted: set[Value]) -> None:
-        written: set[Value] = set()
-        self.inputs: list[Value] = []
-        for step in steps:
-            for value in step.reads():
-                if value not in written and value not in self.inputs:
-                    self.inputs.append(value)
-            written.update(step.writes())
+        self.inputs = inputs_of(steps)
         # A value is planar for all steps or for none.
         hidden = {value for step in steps if not step.planar for value in step.reads()}
         for step in steps:
@@ -243,6 +239,18 @@ class Program:
         ]
         self._run(self._handle, tensors + outputs)
         return outputs
+
+
+def inputs_of(steps: Sequence[Step]) -> list[Value]:
+    """What ``steps`` read and do not write before."""
+    written: set[Value] = set()
+    inputs: list[Value] = []
+    for step in steps:
+        for value in step.reads():
+            if value not in written and value not in inputs:
+                inputs.append(value)
+        written.update(step.writes())
+    return inputs
 
 
 def _parts(steps: Sequence[Step | Call]) -> list[Call | list[Step]]:

@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from . import native
 from .dispatch import operators, select
 from .fuse_blocks import fuse_blocks
+from .kernels import kernels_for
 from .layout import output_size
+from .native import MBCONV_RESIDUAL, activation_codes
 from .program import Call, Cover, Kind, Replay, Step, Value
 from .simplify import simplify
 
@@ -120,6 +121,10 @@ class _Notes:
     def __init__(
         self, input: Tensor, names: Mapping[int, str] | None = None, compute: bool = True
     ) -> None:
+        kernels = kernels_for(input)
+        if kernels is None:
+            raise ValueError("no backend with kernels of its own runs inputs like this one")
+        self._kernels = kernels
         self._compute = compute
         self.steps: list[Step | Call] = []
         self._modules = dict(names or {})
@@ -167,8 +172,8 @@ class _Notes:
             return None
         size = output_size(x.shape[2:], weight.shape[2:], *_in_pairs(*geometry))
         if x.is_contiguous() and weight.is_contiguous():
-            return torch.zeros(x.shape[0], weight.shape[0], *size, dtype=x.dtype)
-        return torch.zeros(x.shape[0], *size, weight.shape[0], dtype=x.dtype).permute(0, 3, 1, 2)
+            return x.new_zeros(x.shape[0], weight.shape[0], *size)
+        return x.new_zeros(x.shape[0], *size, weight.shape[0]).permute(0, 3, 1, 2)
 
     def finish(self, output: Any) -> Replay:
         """How to get ``output``, the result of the forward pass, for another input.
@@ -188,8 +193,8 @@ class _Notes:
                 raise CannotRecord("an output is not computed from the input")
             values.append(value)
         wanted = {value.root() for value in values}
-        steps = fuse_blocks(simplify(self.steps, wanted), wanted)
-        return Replay(self.input, steps, values, structure)
+        steps = fuse_blocks(simplify(self.steps, wanted), wanted, self._kernels)
+        return Replay(self.input, steps, values, structure, self._kernels.Program)
 
     def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         tensors = _tensors(args, *kwargs.values())
@@ -250,18 +255,22 @@ class _Notes:
             raise CannotRecord(f"{func} sees a tensor in disguise")
 
     def _note_known(self, func: Any, args: tuple[Any, ...], result: Any) -> bool:
-        """Note what a native program can do; False: it cannot."""
+        """Note what a program can do; False: it cannot."""
         if func is aten.addmm.default:
             return self._note_linear(args, result)
         input = self._find(args[0])
-        if input is None or native.can_run(args[0]) is not None or args[0].dim() not in (2, 4):
+        if (
+            input is None
+            or self._kernels.can_run(args[0]) is not None
+            or args[0].dim() not in (2, 4)
+        ):
             return False
         if func in _RESHAPES:
             return self._note_reshape(input, result)
         if func in _ACTIVATIONS:
             if _ACTIVATIONS[func] == "relu6" and tuple(args[1:]) != (0, 6):
                 return False
-            codes = native.activation_codes([_ACTIVATIONS[func]])
+            codes = activation_codes([_ACTIVATIONS[func]])
             self.steps.append(Step(Kind.SILU, input, self._new(result), (), codes))
             return True
         if func is aten.native_batch_norm.default and args[5]:
@@ -285,11 +294,10 @@ class _Notes:
         input = self._find(x)
         if input is None or self._find(matrix) is not None or self._find(bias) is not None:
             return False
-        if native.can_run(x) is not None or matrix.dtype != x.dtype or bias.dim() != 1:
+        if self._kernels.can_run(x) is not None or matrix.dtype != x.dtype or bias.dim() != 1:
             return False
-        # Not kept by the cache: views that are made here have no versions to go by.
-        weights = (native.gemm_panels(matrix.t()), None, bias.detach().float().contiguous())
-        codes = native.activation_codes(["none"])
+        weights = self._kernels.pack_linear(matrix.t(), bias)
+        codes = activation_codes(["none"])
         self.steps.append(Step(Kind.POINTWISE_CONV, input, self._new(result), weights, codes))
         return True
 
@@ -309,9 +317,9 @@ class _Notes:
         ):
             return False
         geometry = stride, sides, _ = _in_pairs(stride, padding, dilation)
-        pack = native.pack_depthwise_conv if depthwise else native.pack_conv
+        pack = self._kernels.pack_depthwise_conv if depthwise else self._kernels.pack_conv
         kind = Kind.DEPTHWISE_CONV if depthwise else Kind.CONV
-        planar = not depthwise and native.is_planar(x)
+        planar = not depthwise and self._kernels.is_planar(x)
         if not depthwise and kernel == [1, 1] and not any(sides) and stride == [1, 1]:
             kind, planar = Kind.POINTWISE_CONV, False
         packed = pack(x, weight, None, bias, *geometry, "none")
@@ -325,11 +333,11 @@ class _Notes:
         operator = operators.get(func._schema.name.removeprefix("effkernels::"))
         if operator is None or operator.overload is not func or operator.name not in _LOWER:
             return False
-        if select(operator, args) is not operator.implementations["native"]:
+        if select(operator, args) is not operator.implementations[self._kernels.NAME]:
             return False
         others = _tensors(args[1:])
         depends = [value for value in map(self._find, others) if value is not None]
-        step = _LOWER[operator.name](args, input, self._find)
+        step = _LOWER[operator.name](self._kernels, args, input, self._find)
         if step is None or any(value is not step.residual for value in depends):
             return False  # a weight or a gate was computed from the input
         if any(value.dtype != input.dtype for value in depends):
@@ -417,50 +425,56 @@ def _same_in_memory(tensor: Tensor, size: Any, stride: Any, offset: Any = None) 
 # From an op's arguments to its step, whose output is not known yet; None if it has none.
 
 
-def _lower_conv(args: tuple[Any, ...], input: Value, find: Any) -> Step | None:
+def _lower_conv(kernels: Any, args: tuple[Any, ...], input: Value, find: Any) -> Step | None:
     *front, residual, activation = args
     if residual is not None and find(residual) is None:
         return None
-    packed = native.pack_conv(*front, activation)
+    packed = kernels.pack_conv(*front, activation)
     step = Step(Kind.CONV, input, input, packed.weights, packed.activations, packed.geometry)
-    step.residual, step.planar = find(residual), native.is_planar(args[0])
+    step.residual, step.planar = find(residual), kernels.is_planar(args[0])
     return step
 
 
-def _lower_pointwise_conv(args: tuple[Any, ...], input: Value, find: Any) -> Step | None:
+def _lower_pointwise_conv(
+    kernels: Any, args: tuple[Any, ...], input: Value, find: Any
+) -> Step | None:
     x, weight, scale, bias, gate, residual, activation, _ = args
     if gate is not None or (residual is not None and find(residual) is None):
         return None
-    packed = native.pack_pointwise_conv(x, weight, scale, bias, activation)
+    packed = kernels.pack_pointwise_conv(x, weight, scale, bias, activation)
     step = Step(Kind.POINTWISE_CONV, input, input, packed.weights, packed.activations)
     step.residual, step.source = find(residual), weight
     return step
 
 
-def _lower_depthwise_conv(args: tuple[Any, ...], input: Value, find: Any) -> Step | None:
-    packed = native.pack_depthwise_conv(*args[:-1])
+def _lower_depthwise_conv(
+    kernels: Any, args: tuple[Any, ...], input: Value, find: Any
+) -> Step | None:
+    packed = kernels.pack_depthwise_conv(*args[:-1])
     kind = Kind.DEPTHWISE_CONV
     return Step(kind, input, input, packed.weights, packed.activations, packed.geometry)
 
 
-def _lower_mbconv(args: tuple[Any, ...], input: Value, find: Any) -> Step | None:
-    packed = native.pack_mbconv(*args)
+def _lower_mbconv(kernels: Any, args: tuple[Any, ...], input: Value, find: Any) -> Step | None:
+    packed = kernels.pack_mbconv(*args)
     step = Step(Kind.MBCONV, input, input, packed.weights, packed.activations, packed.geometry)
-    if args[1 + native.MBCONV_RESIDUAL]:
+    if args[1 + MBCONV_RESIDUAL]:
         step.residual = input
     return step
 
 
-def _lower_squeeze_excite(args: tuple[Any, ...], input: Value, find: Any) -> Step | None:
-    weights, activations = native.pack_squeeze_excite(*args[1:])
+def _lower_squeeze_excite(
+    kernels: Any, args: tuple[Any, ...], input: Value, find: Any
+) -> Step | None:
+    weights, activations = kernels.pack_squeeze_excite(*args[1:])
     return Step(Kind.SQUEEZE_EXCITE, input, input, weights, activations)
 
 
-def _lower_silu(args: tuple[Any, ...], input: Value, find: Any) -> Step | None:
-    return Step(Kind.SILU, input, input, (), native.activation_codes([args[1]]))
+def _lower_silu(kernels: Any, args: tuple[Any, ...], input: Value, find: Any) -> Step | None:
+    return Step(Kind.SILU, input, input, (), activation_codes([args[1]]))
 
 
-_LOWER: dict[str, Callable[[tuple[Any, ...], Value, Any], Step | None]] = {
+_LOWER: dict[str, Callable[[Any, tuple[Any, ...], Value, Any], Step | None]] = {
     "conv": _lower_conv,
     "pointwise_conv": _lower_pointwise_conv,
     "depthwise_conv": _lower_depthwise_conv,

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import effkernels as ek
-from effkernels import dispatch, native, ops
+from effkernels import dispatch, native, ops, triton
 from effkernels.testing import use_cpu_isa
 
 REASON = ek.backends()["native"].reason
@@ -76,7 +78,6 @@ def test_backends():
     assert list(backends) == ["native", "triton", "reference"]
     assert all(isinstance(b.available, bool) and b.reason for b in backends.values())
     assert backends["reference"].available
-    assert not backends["triton"].available and "Triton" in backends["triton"].reason
 
 
 @needs_native
@@ -96,6 +97,7 @@ def test_every_op_is_declared_once_and_tested():
         "depthwise_conv",
         "depthwise_separable_conv",
         "mbconv",
+        "mbconv_training",
         "pointwise_conv",
         "silu",
         "squeeze_excite",
@@ -103,7 +105,8 @@ def test_every_op_is_declared_once_and_tested():
     }
     for name, operator in dispatch.operators.items():
         assert operator.overload is getattr(torch.ops.effkernels, name).default
-        assert set(operator.implementations) >= {"reference", "native"}
+        backends = {"reference", "triton"} if name == "mbconv_training" else set(dispatch.BACKENDS)
+        assert set(operator.implementations) == backends
         test = ROOT / "tests" / "ops" / f"test_{name.removesuffix('_gate')}.py"
         assert name in test.read_text()
 
@@ -193,16 +196,63 @@ def test_unknown_names(monkeypatch):
 # What cannot run says so
 
 
-def test_triton_says_why_not():
-    reason = ek.backends()["triton"].reason
-    with (
-        ek.use_backend("triton"),
-        pytest.raises(
-            ek.BackendUnavailable, match=f"^silu: backend 'triton' cannot run: {reason}$"
-        ) as raised,
-    ):
+@pytest.fixture
+def compiled_triton(monkeypatch):
+    """As outside of tests: kernels are compiled, not interpreted."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    triton.load_error.cache_clear()
+    yield
+    triton.load_error.cache_clear()
+
+
+def test_triton_says_why_not(compiled_triton):
+    message = "^silu: backend 'triton' cannot run: input is on cpu; .* run on CUDA devices$"
+    with ek.use_backend("triton"), pytest.raises(ek.BackendUnavailable, match=message) as raised:
         ops.silu(torch.zeros(2))
     assert isinstance(raised.value, RuntimeError)
+
+
+def test_triton_status(compiled_triton, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert triton.status() == (False, "no CUDA device")
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [
+        (None, "Triton cannot be imported: "),
+        ("3.4.0+git", r"Triton 3.4.0\+git is too old, 3.5 or later is needed"),
+    ],
+)
+def test_unusable_triton(compiled_triton, monkeypatch, version, reason):
+    module = None if version is None else SimpleNamespace(__version__=version)
+    monkeypatch.setitem(sys.modules, "triton", module)
+    assert re.match(reason, triton.status()[1])
+    assert not ek.backends()["triton"].available
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"major": 7, "minor": 5}, "has compute capability 7.5, 8.0 or later is needed"),
+        ({"shared_memory_per_block_optin": 49152}, "has 49152 bytes of shared memory a block"),
+    ],
+    ids=["good", "capability", "shared memory"],
+)
+def test_unusable_gpu(monkeypatch, change, reason):
+    good = {"name": "GPU", "major": 9, "minor": 0, "shared_memory_per_block_optin": 232448}
+    properties = SimpleNamespace(**{**good, **change})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    triton.device_error.cache_clear()
+    error = triton.device_error(0)
+    triton.device_error.cache_clear()
+    assert error is None if reason is None else reason in error
+
+
+def test_triton_takes_no_float64():
+    with ek.use_backend("triton"), pytest.raises(ek.BackendUnavailable, match="float64; float32"):
+        ops.silu(torch.zeros(2, dtype=torch.float64))
 
 
 def test_a_named_backend_is_never_replaced(fake_native):

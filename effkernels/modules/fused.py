@@ -144,25 +144,38 @@ def fold(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor | None, Tensor | None
     return cached(("fold", eps, given), sources, build_plain)
 
 
-def batch_norm_act(
-    input: Tensor, norm: nn.BatchNorm2d, activation: str, residual: Tensor | None = None
-) -> Tensor:
-    """activation(norm(input) + residual) as one op, with nn.BatchNorm2d's bookkeeping."""
+def norm_parameters(norm: nn.BatchNorm2d) -> ops.BatchNormParameters:
+    """``norm`` as the ops take it, for one call, with nn.BatchNorm2d's bookkeeping done."""
     momentum = 0.0 if norm.momentum is None else norm.momentum
     if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
         if norm.momentum is None:  # cumulative average
             momentum = 1.0 / float(norm.num_batches_tracked)
     update = not norm.training or norm.track_running_stats
-    return ops.batch_norm_act(
-        input,
+    return ops.BatchNormParameters(
         norm.weight,
         norm.bias,
         norm.running_mean if update else None,
         norm.running_var if update else None,
-        uses_batch_statistics(norm),
         momentum,
         norm.eps,
+    )
+
+
+def batch_norm_act(
+    input: Tensor, norm: nn.BatchNorm2d, activation: str, residual: Tensor | None = None
+) -> Tensor:
+    """activation(norm(input) + residual) as one op, with nn.BatchNorm2d's bookkeeping."""
+    weight, bias, running_mean, running_var, momentum, eps = norm_parameters(norm)
+    return ops.batch_norm_act(
+        input,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        uses_batch_statistics(norm),
+        momentum,
+        eps,
         activation,
         residual,
     )

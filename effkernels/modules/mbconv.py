@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..dispatch import runs_on
 from . import arguments
 from .conv_norm_act import same_or_own_padding
 from .fused import (
@@ -19,6 +20,7 @@ from .fused import (
     convolution_kind,
     fold,
     is_plain_norm,
+    norm_parameters,
     uses_batch_statistics,
 )
 from .hooks import has_global_hooks, is_untouched
@@ -36,9 +38,14 @@ def drop_path(input: Tensor, probability: float) -> Tensor:
 
     Stochastic depth (Huang et al., 2016) per sample; [N, ...] -> [N, ...].
     """
+    kept = _kept(input, probability)
+    return input * kept.view(-1, *(1,) * (input.dim() - 1))
+
+
+def _kept(input: Tensor, probability: float) -> Tensor:
+    """What :func:`drop_path` multiplies each sample with, [N]."""
     keep = 1.0 - probability
-    mask = input.new_empty((input.shape[0],) + (1,) * (input.dim() - 1)).bernoulli_(keep)
-    return input * mask.div_(keep)
+    return input.new_empty(input.shape[0]).bernoulli_(keep).div_(keep)
 
 
 class MBConv(Planned):
@@ -148,6 +155,10 @@ class MBConv(Planned):
         whole = None if dropping or has_global_hooks() else self._whole_block(dtype)
         if whole is not None:
             return ops.mbconv(input if dtype is None else input.to(dtype), *whole)
+        if self.training and not has_global_hooks() and torch.is_grad_enabled():
+            trained = self._training_block(input, dtype, dropping)
+            if trained is not None:
+                return trained
         hidden = input if expand is None else conv_norm_act(input, expand)
         hidden = self.se(conv_norm_act(hidden, depthwise))
         if not self.has_residual:
@@ -189,38 +200,53 @@ class MBConv(Planned):
             and (expand is None or _fusible(expand, "pointwise"))
         ):
             return None
+        parts = self._fused_parts(dtype)
+        if parts is None:
+            return None
+        weights, geometry = parts
+        expand_scale = expand_bias = None
+        if expand is not None:
+            expand_scale, expand_bias = fold(expand.conv, expand.norm)
+        depthwise_scale, depthwise_bias = fold(depthwise.conv, depthwise.norm)
+        project_scale, project_bias = fold(project.conv, project.norm)
+        parameters = weights._replace(
+            expand_scale=expand_scale,
+            expand_bias=expand_bias,
+            depthwise_scale=depthwise_scale,
+            depthwise_bias=depthwise_bias,
+            project_scale=project_scale,
+            project_bias=project_bias,
+        )
+        return parameters, geometry
+
+    def _fused_parts(
+        self, dtype: torch.dtype | None
+    ) -> tuple[ops.MBConvParameters, ops.MBConvGeometry] | None:
+        """The block's weights without its BatchNorms, and its geometry, as the ops take them.
+
+        None if an activation or squeeze-and-excitation is not one that the ops know.
+        """
+        expand, depthwise, project = self._stages()
         activation = activation_name(depthwise.activation)
         if activation is None:
             return None
-        expand_weight = expand_scale = expand_bias = None
-        if expand is not None:
-            if activation_name(expand.activation) != activation:
-                return None
-            expand_weight = cast_weight(expand.conv.weight, dtype)
-            expand_scale, expand_bias = fold(expand.conv, expand.norm)
+        if expand is not None and activation_name(expand.activation) != activation:
+            return None
         squeeze = NO_SQUEEZE_EXCITE
         if type(self.se) is not nn.Identity or not is_untouched(self.se):
             fused = fused_squeeze_excite(self.se, dtype)
             if fused is None:
                 return None
             squeeze = fused
-        depthwise_scale, depthwise_bias = fold(depthwise.conv, depthwise.norm)
-        project_scale, project_bias = fold(project.conv, project.norm)
         conv = depthwise.conv
         parameters = ops.MBConvParameters(
             cast_weight(conv.weight, dtype),
             cast_weight(project.conv.weight, dtype),
-            expand_weight,
-            expand_scale,
-            expand_bias,
-            depthwise_scale,
-            depthwise_bias,
-            squeeze.reduce_weight,
-            squeeze.reduce_bias,
-            squeeze.expand_weight,
-            squeeze.expand_bias,
-            project_scale,
-            project_bias,
+            None if expand is None else cast_weight(expand.conv.weight, dtype),
+            se_reduce_weight=squeeze.reduce_weight,
+            se_reduce_bias=squeeze.reduce_bias,
+            se_expand_weight=squeeze.expand_weight,
+            se_expand_bias=squeeze.expand_bias,
         )
         geometry = ops.MBConvGeometry(
             (conv.stride[0], conv.stride[1]),
@@ -232,6 +258,33 @@ class MBConv(Planned):
             squeeze.gate_activation,
         )
         return parameters, geometry
+
+    def _training_block(
+        self, input: Tensor, dtype: torch.dtype | None, dropping: bool
+    ) -> Tensor | None:
+        """The block as one op with the batch's statistics, which keeps little for the backward
+        pass; None if it has to go stage by stage, as it does without Triton's kernels."""
+        stages = self._stages()
+        if not runs_on("mbconv_training", "triton", input):
+            return None
+        for stage, kind in zip(stages, ("pointwise", "depthwise", "pointwise"), strict=True):
+            if stage is None:
+                continue
+            if convolution_kind(stage.conv) != kind or stage.conv.bias is not None:
+                return None
+            if not is_plain_norm(stage.norm) or not uses_batch_statistics(stage.norm):
+                return None
+        parts = self._fused_parts(dtype)
+        if parts is None:
+            return None
+        norms = [None if stage is None else norm_parameters(stage.norm) for stage in stages]
+        return ops.mbconv_training(
+            input if dtype is None else input.to(dtype),
+            parts[0],
+            *norms,
+            parts[1],
+            _kept(input, self.drop_path).float() if dropping else None,
+        )
 
     def extra_repr(self) -> str:
         return f"residual={self.has_residual}, drop_path={self.drop_path:g}"

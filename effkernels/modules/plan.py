@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..cache import generation
 from ..dispatch import requested
-from ..native import can_run
+from ..kernels import kernels_for
 from ..program import Replay
 from ..record import record
 from .hooks import has_global_hooks
@@ -135,7 +135,7 @@ def is_observed(input: Tensor) -> bool:
     """Somebody watches, traces or transforms this call."""
     return (
         type(input) is not Tensor
-        or torch.is_autocast_enabled("cpu")
+        or torch.is_autocast_enabled(input.device.type)
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
@@ -168,14 +168,13 @@ class Planned(nn.Module):
         if (
             torch.compiler.is_compiling()
             or torch.is_grad_enabled()
+            or kernels_for(input) is None
             or is_observed(input)
-            or choice not in ("auto", "native")
             or has_global_hooks()
-            or can_run(input) is not None
         ):
             return body(input)
         plans: dict[Hashable, Plan] = self.__dict__.setdefault("_plans", {})
-        key = (body.__func__, input.shape[1:], input.dtype, choice)  # type: ignore[attr-defined]
+        key = (body.__func__, input.shape[1:], input.dtype, input.device, choice)  # type: ignore[attr-defined]
         exact = (key, input.shape[0])
         plan = plans.get(key) or plans.get(exact)
         if plan is not None and plan.valid(self):

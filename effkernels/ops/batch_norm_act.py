@@ -122,14 +122,14 @@ def fold_batch_norm(
     return scale.to(dtype), shift.to(dtype)
 
 
-def _statistics(input: Tensor) -> tuple[Tensor, Tensor]:
+def statistics(input: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance per channel, [C] each, in at least float32."""
     values = input.to(torch.promote_types(input.dtype, torch.float32))
     var, mean = torch.var_mean(values, (0, 2, 3), correction=0)
     return mean, var
 
 
-def _normalize(
+def normalize(
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -164,11 +164,11 @@ def _reference(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if training:
-        mean, var = _statistics(input)
+        mean, var = statistics(input)
     else:
         assert running_mean is not None and running_var is not None
         mean, var = running_mean, running_var
-    output = _normalize(input, weight, bias, mean, var, residual, eps)
+    output = normalize(input, weight, bias, mean, var, residual, eps)
     output = nhwc(apply_activation(output, activation).to(input.dtype))
     if training:
         return output, mean, var
@@ -213,7 +213,7 @@ def _backward(
         return NotImplemented
     mean, var = saved
     if activation != "none":
-        before = _normalize(input, weight, bias, mean, var, residual, eps)
+        before = normalize(input, weight, bias, mean, var, residual, eps)
         gradient = activation_gradient(gradient.to(before.dtype), before, activation)
         gradient = gradient.to(input.dtype)
     # PyTorch's formula takes parameters of the statistics' dtype, or all of the input's.

@@ -103,16 +103,17 @@ def can_run(input: Tensor, *rest: Any) -> str | None:
     return None
 
 
-def function(name: str) -> Callable[..., Any]:
-    """``effkernels.triton.<op>.<name>``, imported when it is first called."""
+def function(op: str, name: str | None = None) -> Callable[..., Any]:
+    """``effkernels.triton.<op>.<name>`` (``name`` is ``op``'s if not given), imported when it is
+    first called."""
 
     @functools.cache
     def load() -> Callable[..., Any]:
-        op = name.removesuffix("_backward")
         module = importlib.import_module(f"{__name__}.{_MODULES.get(op, op)}")
-        return getattr(module, name)
+        found: Callable[..., Any] = getattr(module, name or op)
+        return found
 
-    def call(*arguments: Any) -> Any:
-        return load()(*arguments)
+    def call(*arguments: Any, **options: Any) -> Any:
+        return load()(*arguments, **options)
 
     return call

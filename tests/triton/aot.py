@@ -51,7 +51,7 @@ def launches(calls: Iterable[Callable[[], Any]], device: Device) -> list[Launch]
 
 @functools.cache
 def _run_on_meta() -> torch.library.Library:
-    """From now on this process runs ops on meta tensors as on any others, and not their shape rule."""
+    """From now on this process runs ops on meta tensors, too, in place of their shape rules."""
     library = torch.library.Library("effkernels", "IMPL")
     for operator in operators.values():
         for name in (operator.name, f"{operator.name}_backward"):
@@ -102,7 +102,11 @@ def compile_launch(launch: Launch, capability: int) -> Any:
         constexprs=dict(launch.constants),
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned},
     )
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options = {
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+        "maxnreg": launch.max_registers,
+    }
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 

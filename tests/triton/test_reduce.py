@@ -18,7 +18,7 @@ def test_totals(device, batch, rows, channels):
     "counts", [(5,), (64, 64, 3), tuple(range(1, 41)), (3,) * 513 + (2,)], ids=len
 )
 def test_moments(device, counts):
-    """Of values far from zero, where sums of squares alone would lose three digits of the variance."""
+    """Of values far from zero, where sums of squares alone would lose three digits."""
     blocks = [torch.randn(count, 40) + 20 for count in counts]
     partials = torch.stack(
         [torch.stack([b.sum(0), (b - b.mean(0)).square().sum(0)]) for b in blocks]

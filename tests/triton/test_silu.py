@@ -21,7 +21,7 @@ FUNCTIONS = {name: partial(ops.activation, name=name) for name in ACTIVATIONS if
 def aot_calls() -> Iterator[Callable[[], Any]]:
     for dtype in DTYPES:
         for shape in ((1, 32, 112, 112), (256, 1280), (5, 7), (2, 2**30 + 8)):
-            for name, function in FUNCTIONS.items():
+            for function in FUNCTIONS.values():
                 yield lambda shape=shape, dtype=dtype, function=function: aot.differentiate(
                     lambda tensors, function=function: function(**tensors),
                     {"input": torch.empty(shape, dtype=dtype)},

@@ -1,0 +1,325 @@
+"""A block's forward and backward pass in training, kept to the convolutions' raw outputs.
+
+Forward, with z the raw outputs, the BatchNorms' vectors in between made by kernels of a few µs:
+
+    z1 = expand · x                            product; its mean and variance in the epilogue
+    z2 = depthwise ∗ act(norm1(z1))            convolution; the norm and activation in its prologue
+    gate from Σ act(norm2(z2))                 a pass over z2, for norm2 needs all of z2 first
+    z3 = project · (gate · act(norm2(z2)))     product; all of that in its prologue
+    y  = keep · norm3(z3) + x                  a pass
+
+Backward, u_i the gradient for what comes after norm_i and its activation:
+
+    norm3's sums                               a pass over dy and z3
+    d project, u2 = projectᵀ · dz3             products; dz3 and the gated activation in prologues
+    d gate, norm2's sums                       a pass over u2 and z2 (`image_sums`)
+    d depthwise, u1                            convolutions; dz2 and act(norm1(z1)) in prologues
+    norm1's sums                               a pass over u1 and z1
+    d expand, dx = expandᵀ · dz1 + dy          products; dz1 in prologues, the residual in one
+
+Of the size of the expanded tensor (6 times the input) the forward pass writes two tensors and reads
+four, the backward pass writes two and reads twelve; eager PyTorch's forward pass alone writes seven
+and reads nine, and keeps six. No GPU has run this.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..layout import nhwc
+from . import depthwise_conv as depthwise
+from . import pointwise_conv as pointwise
+from . import squeeze_excite as excite
+from .batch_norm_act_passes import Normalization, apply
+from .batch_norm_act_sums import affine, gradient_affine, gradient_sums
+from .depthwise_conv import pack_taps
+from .image_sums import gated, image_sums
+from .operands import Forward, Gradient
+from .reduce import totals
+
+
+def mbconv_training(
+    input: Tensor,
+    expand_weight: Tensor | None,
+    expand_norm_weight: Tensor | None,
+    expand_norm_bias: Tensor | None,
+    depthwise_weight: Tensor,
+    depthwise_norm_weight: Tensor | None,
+    depthwise_norm_bias: Tensor | None,
+    se_reduce_weight: Tensor | None,
+    se_reduce_bias: Tensor | None,
+    se_expand_weight: Tensor | None,
+    se_expand_bias: Tensor | None,
+    project_weight: Tensor,
+    project_norm_weight: Tensor | None,
+    project_norm_bias: Tensor | None,
+    keep: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    residual: bool,
+    eps: list[float],
+    activation: str,
+    se_activation: str,
+    gate_activation: str,
+) -> tuple[Tensor, ...]:
+    """The op ``mbconv_training``."""
+    input = nhwc(input)
+    empty = input.new_empty(0)
+    kernel = list(depthwise_weight.shape[2:])
+    expanded, expand_mean, expand_var = empty, empty.clone(), empty.clone()
+    values, operand = input, Forward()
+    if expand_weight is not None:
+        made = pointwise.product(input, expand_weight.flatten(1), moments=True)
+        assert made.output is not None and made.moments is not None
+        values = expanded = made.output
+        expand_mean, expand_var = made.moments
+        operand = _after(
+            Normalization(expand_mean, expand_var, expand_norm_weight, expand_norm_bias, eps[0]),
+            activation,
+        )
+    convolved = depthwise.convolve(
+        values,
+        pack_taps(depthwise_weight),
+        kernel,
+        stride,
+        padding,
+        dilation,
+        operand,
+        moments=True,
+    )
+    hidden = convolved.output
+    assert convolved.moments is not None
+    depthwise_mean, depthwise_var = convolved.moments
+    normalization = Normalization(
+        depthwise_mean, depthwise_var, depthwise_norm_weight, depthwise_norm_bias, eps[1]
+    )
+    operand, pooled = _after(normalization, activation), empty.clone()
+    if se_reduce_weight is not None:
+        pixels = hidden.shape[2] * hidden.shape[3]
+        pooled = totals(image_sums(hidden, normalization, activation)[0], 1 / pixels)
+        gate = excite.gate(
+            pooled,
+            1.0,
+            se_reduce_weight,
+            se_reduce_bias,
+            se_expand_weight,
+            se_expand_bias,
+            se_activation,
+            gate_activation,
+        )
+        operand = operand._replace(gate=gate)
+    made = pointwise.product(hidden, project_weight.flatten(1), operand, moments=True)
+    assert made.output is not None and made.moments is not None
+    projected, (project_mean, project_var) = made.output, made.moments
+    normalization = Normalization(
+        project_mean, project_var, project_norm_weight, project_norm_bias, eps[2]
+    )
+    last: Forward | Normalization = normalization
+    if keep is not None:
+        last = _after(normalization, "none")._replace(gate=_per_channel(keep, projected))
+    output = apply(projected, last, input if residual else None)
+    return (
+        output,
+        expanded,
+        hidden,
+        projected,
+        expand_mean,
+        expand_var,
+        depthwise_mean,
+        depthwise_var,
+        project_mean,
+        project_var,
+        pooled,
+    )
+
+
+def mbconv_training_backward(
+    arguments: list[Any],
+    needed: list[bool],
+    saved: tuple[Tensor, ...],
+    gradients: tuple[Tensor | None, ...],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of :func:`mbconv_training` for its arguments; ``saved`` are its other outputs,
+    whose own gradients must be None."""
+    (
+        input,
+        expand_weight,
+        expand_norm_weight,
+        expand_norm_bias,
+        depthwise_weight,
+        depthwise_norm_weight,
+        depthwise_norm_bias,
+        se_reduce_weight,
+        se_reduce_bias,
+        se_expand_weight,
+        se_expand_bias,
+        project_weight,
+        project_norm_weight,
+        project_norm_bias,
+        keep,
+        stride,
+        padding,
+        dilation,
+        residual,
+        eps,
+        activation,
+        se_activation,
+        gate_activation,
+    ) = arguments
+    expanded, hidden, projected, *statistics, pooled = saved
+    upstream = gradients[0]
+    results: list[Tensor | None] = [None] * len(arguments)
+    if any(gradient is not None for gradient in gradients[1:]):
+        raise NotImplementedError("mbconv_training: only its output can be differentiated")
+    if upstream is None:
+        return tuple(results)
+    input, upstream = nhwc(input), nhwc(upstream)
+    kernel = list(depthwise_weight.shape[2:])
+    taps = pack_taps(depthwise_weight)
+    norms = [
+        Normalization(mean, var, weight, bias, e)
+        for mean, var, weight, bias, e in zip(
+            statistics[::2],
+            statistics[1::2],
+            (expand_norm_weight, depthwise_norm_weight, project_norm_weight),
+            (expand_norm_bias, depthwise_norm_bias, project_norm_bias),
+            eps,
+            strict=True,
+        )
+    ]
+    # What is needed of the stages before one: nothing, if all their tensors are frozen.
+    before_depthwise = needed[0] or any(needed[1:4])
+    before_project = before_depthwise or any(needed[4:11])
+
+    # The projection
+    gradient = Gradient(z=projected)
+    if keep is not None:
+        gradient = gradient._replace(gate=_per_channel(keep, projected))
+    gradient, results[12], results[13] = _normalized(
+        gradient, gradient_sums(upstream, gradient, norms[2]), norms[2], projected, needed[12:14]
+    )
+    operand, gate = _after(norms[1], activation), None
+    squeeze = (se_reduce_weight, se_reduce_bias, se_expand_weight, se_expand_bias)
+    if se_reduce_weight is not None:
+        gate = excite.gate(pooled, 1.0, *squeeze, se_activation, gate_activation)
+        operand = operand._replace(gate=gate)
+    if needed[11]:
+        matrix, _ = pointwise.weight_gradient(upstream, gradient, hidden, operand)
+        results[11] = matrix.view(project_weight.shape)
+    if needed[14]:
+        raise NotImplementedError("mbconv_training: keep has no gradient")
+    if before_project:
+        after_depthwise = pointwise.product(
+            upstream, project_weight.flatten(1), gradient, transposed=True
+        ).output
+        assert after_depthwise is not None
+
+        # The gate, and the depthwise convolution
+        sums = image_sums(hidden, norms[1], activation, after_depthwise)
+        gradient = Gradient(z=hidden, scale=operand.scale, shift=operand.shift)
+        gradient = gradient._replace(activation=activation)
+        pixels = hidden.shape[2] * hidden.shape[3]
+        if gate is not None:
+            for_pooled, results[7:11] = _gate_gradients(
+                totals(sums[0]),
+                pooled,
+                squeeze,
+                se_activation,
+                gate_activation,
+                needed[7:11],
+            )
+            offset = for_pooled / pixels
+            gradient = gradient._replace(gate=gate, offset=offset)
+            sums = gated(sums, gate, offset)
+        else:
+            sums = gated(sums, None, None)
+        gradient, results[5], results[6] = _normalized(
+            gradient, sums, norms[1], hidden, needed[5:7]
+        )
+        values, operand = input, Forward()
+        if expand_weight is not None:
+            values, operand = expanded, _after(norms[0], activation)
+        geometry = (kernel, stride, padding, dilation)
+        if needed[4]:
+            for_taps, _ = depthwise.weight_gradient(
+                after_depthwise, gradient, values, operand, *geometry
+            )
+            results[4] = for_taps.t().reshape(depthwise_weight.shape)
+        if before_depthwise:
+            size = (values.shape[2], values.shape[3])
+            for_values = depthwise.input_gradient(after_depthwise, taps, *geometry, size, gradient)
+            if expand_weight is None:
+                results[0] = for_values + upstream if residual else for_values
+                return tuple(results)
+
+            # The expansion
+            gradient = Gradient(z=expanded, scale=operand.scale, shift=operand.shift)
+            gradient = gradient._replace(activation=activation)
+            gradient, results[2], results[3] = _normalized(
+                gradient,
+                gradient_sums(for_values, gradient, norms[0]),
+                norms[0],
+                expanded,
+                needed[2:4],
+            )
+            if needed[1]:
+                matrix, _ = pointwise.weight_gradient(for_values, gradient, input, Forward())
+                results[1] = matrix.view(expand_weight.shape)
+            if needed[0]:
+                results[0] = pointwise.product(
+                    for_values,
+                    expand_weight.flatten(1),
+                    gradient,
+                    transposed=True,
+                    residual=upstream if residual else None,
+                ).output
+    return tuple(results)
+
+
+def _after(normalization: Normalization, activation: str) -> Forward:
+    """activation(normalization(z)) as a prologue."""
+    mean, var, weight, bias, eps = normalization
+    scale, shift = affine(weight, bias, mean, var, eps)
+    return Forward(scale, shift, activation)
+
+
+def _per_channel(keep: Tensor, tensor: Tensor) -> Tensor:
+    """[N] as a gate [N, C]."""
+    return keep[:, None].expand(tensor.shape[:2]).contiguous()
+
+
+def _normalized(
+    gradient: Gradient,
+    sums: Tensor,
+    normalization: Normalization,
+    z: Tensor,
+    needed: list[bool],
+) -> tuple[Gradient, Tensor | None, Tensor | None]:
+    """``gradient`` with BatchNorm's backward pass at its end; and its weight's and bias's."""
+    count = z.shape[0] * z.shape[2] * z.shape[3]
+    vectors = gradient_affine(sums, count, normalization, needed=(True, needed[0], needed[1]))
+    gradient = gradient._replace(
+        factor=vectors.factor, slope=vectors.slope, constant=vectors.constant
+    )
+    return gradient, vectors.weight, vectors.bias
+
+
+def _gate_gradients(
+    for_gate: Tensor,
+    pooled: Tensor,
+    weights: tuple[Tensor | None, ...],
+    activation: str,
+    gate_activation: str,
+    needed: list[bool],
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The gradients for the pooled vector and for squeeze-and-excitation's four tensors."""
+    for_pooled, *results = excite.squeeze_excite_gate_backward(
+        [pooled, *weights, activation, gate_activation],
+        [True, *needed, False, False],
+        (),
+        (for_gate,),
+    )[:5]
+    return for_pooled, results

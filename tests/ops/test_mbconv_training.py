@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+import effkernels as ek
+from effkernels import ops
+from effkernels.ops import BatchNormParameters, MBConvGeometry, MBConvParameters
+from tests.ops._blocks import NORMS, block_tensors, expected_running, run_block
+from tests.ops._cases import Case, Draw
+
+BLOCK = Case(
+    batch=2,
+    channels=8,
+    expanded=24,
+    outputs=8,
+    reduced=3,
+    size=(6, 7),
+    kernel=3,
+    stride=1,
+    padding="same",
+    residual=True,
+    activation="silu",
+)
+SHALLOW = Case(**{**vars(BLOCK), "expanded": 0, "reduced": 0, "activation": "relu6"})
+CASES = [BLOCK, SHALLOW, Case(**{**vars(BLOCK), "stride": 2, "residual": False, "kernel": 5})]
+
+
+@pytest.fixture(autouse=True)
+def _reference():
+    with ek.use_backend("reference"):
+        yield
+
+
+def small_block(case: Case, **options: object) -> ek.MBConv:
+    """The block as a module, with the tensors of :func:`block_tensors`."""
+    module = ek.MBConv(
+        case.channels,
+        case.outputs,
+        case.kernel,
+        case.stride,
+        expand_ratio=case.expanded / case.channels if case.expanded else 1,
+        se_ratio=case.reduced / case.channels,
+        padding=case.padding,
+        act_layer={"silu": torch.nn.SiLU, "relu6": torch.nn.ReLU6}[case.activation],
+        norm_layer=lambda channels: torch.nn.BatchNorm2d(channels, eps=1e-3, momentum=0.3),
+        **options,
+    )
+    return module.train()
+
+
+def load(module: ek.MBConv, tensors: dict[str, torch.Tensor]) -> dict[str, torch.nn.Parameter]:
+    """Put ``tensors`` into ``module``; its parameters by the tensors' names."""
+    convolutions = [stage.conv for stage in module.conv_norms()]
+    norms = [stage.norm for stage in module.conv_norms()]
+    names = NORMS[-len(norms) :]
+    found = {f"{n}_weight": c.weight for n, c in zip(names, convolutions, strict=True)}
+    found |= {f"{n}_norm_weight": norm.weight for n, norm in zip(names, norms, strict=True)}
+    found |= {f"{n}_norm_bias": norm.bias for n, norm in zip(names, norms, strict=True)}
+    if "se_reduce_weight" in tensors:
+        for part in ("reduce", "expand"):
+            conv = getattr(module.se, f"conv_{part}")
+            found |= {f"se_{part}_weight": conv.weight, f"se_{part}_bias": conv.bias}
+    with torch.no_grad():
+        for name, parameter in found.items():
+            parameter.copy_(tensors[name])
+    return found
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_like_the_stages_of_a_block(case):
+    """Outputs and gradients in float64 are those of the block run stage by stage."""
+    tensors = block_tensors(case, Draw(1, torch.float64))
+    module = small_block(case).double()
+    parameters = load(module, tensors)
+    leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+    expected, got = module(tensors["input"]), run_block(case, leaves)
+    torch.testing.assert_close(got, expected)
+    names = [name for name in leaves if name != "input"]
+    gradient = torch.randn_like(got)
+    due = torch.autograd.grad(
+        expected, [leaves["input"], *(parameters[n] for n in names)], gradient
+    )
+    results = torch.autograd.grad(got, [leaves["input"], *(leaves[n] for n in names)], gradient)
+    for name, result, expectation in zip(["input", *names], results, due, strict=True):
+        torch.testing.assert_close(result, expectation, msg=lambda text, name=name: name + text)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_running_statistics(case):
+    tensors = block_tensors(case, Draw(2, torch.float64))
+    names = NORMS if case.expanded else NORMS[1:]
+    sizes = {n: tensors[f"{n}_norm_weight"].shape[0] for n in names}
+    running = {n: (torch.zeros(s).double(), torch.ones(s).double()) for n, s in sizes.items()}
+    run_block(case, tensors, running)
+    for name, expected in expected_running(case, tensors).items():
+        torch.testing.assert_close(running[name], expected)
+
+
+def test_keep_drops_whole_images():
+    tensors = block_tensors(BLOCK, Draw(3, torch.float64))
+    plain = run_block(BLOCK, tensors) - tensors["input"]
+    kept = run_block(BLOCK, tensors | {"keep": torch.tensor([0.0, 2.0])}) - tensors["input"]
+    torch.testing.assert_close(kept, plain * torch.tensor([0.0, 2.0]).view(2, 1, 1, 1))
+
+
+def test_opcheck():
+    tensors = block_tensors(BLOCK, Draw(4))
+    calls = []
+    overload = torch.ops.effkernels.mbconv_training.default
+    real = ops.mbconv_training.__globals__["_op"]
+    ops.mbconv_training.__globals__["_op"] = lambda *args: (calls.append(args), real(*args))[1]
+    try:
+        run_block(BLOCK, {name: tensor.requires_grad_() for name, tensor in tensors.items()})
+    finally:
+        ops.mbconv_training.__globals__["_op"] = real
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(overload, calls[0], test_utils=tests)
+
+
+def test_bad_input():
+    input = torch.randn(2, 4, 5, 5)
+    weights = MBConvParameters(torch.randn(4, 1, 3, 3), torch.randn(6, 4, 1, 1))
+    norm = BatchNormParameters(None, None, None, None)
+    call = ops.mbconv_training
+    with pytest.raises(ValueError, match="expand_norm and expand_weight must be given together"):
+        call(input, weights, norm, norm, norm)
+    with pytest.raises(ValueError, match="depthwise_bias is given, None is accepted"):
+        call(input, weights._replace(depthwise_bias=torch.zeros(4)), None, norm, norm)
+    with pytest.raises(ValueError, match=r"project_norm.weight has shape \(4,\), \(6,\) is acc"):
+        call(input, weights, None, norm, norm._replace(weight=torch.ones(4)))
+    with pytest.raises(ValueError, match=r"keep has shape \(3,\), \(2,\) is accepted"):
+        call(input, weights, None, norm, norm, keep=torch.ones(3))
+    with pytest.raises(ValueError, match="project_activation is 'relu', 'none' is accepted"):
+        call(input, weights, None, norm, norm, MBConvGeometry(project_activation="relu"))
+    with pytest.raises(ValueError, match="depthwise_norm has one value per channel"):
+        call(input[:1, :, :1, :1], weights, None, norm, norm)
+    with ek.use_backend("native"), pytest.raises(ek.BackendUnavailable, match="no native impl"):
+        call(input, weights, None, norm, norm)

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import effkernels as ek
+from benchmarks.shapes import read_layers
+from effkernels.testing import assert_close_to
+from effkernels.triton import DTYPES
+from tests.ops._blocks import block_tensors, run_block
+from tests.ops._cases import Arguments, Case, Draw, assert_parity, gradient_function, same_bits
+from tests.ops.test_mbconv_training import BLOCK, load, small_block
+from tests.triton import aot
+
+CASES = [
+    BLOCK,
+    Case(**{**vars(BLOCK), "expanded": 0, "reduced": 0, "activation": "relu6"}),
+    Case(**{**vars(BLOCK), "stride": 2, "residual": False, "outputs": 5, "kernel": 5}),
+    Case(**{**vars(BLOCK), "channels": 3, "outputs": 3, "expanded": 17, "activation": "relu"}),
+]
+KEEP = torch.tensor([0.0, 1.25])
+
+
+def aot_calls() -> Iterator[Callable[[], Any]]:
+    for name in ("efficientnet_b0", "efficientnet_b4", "mobilenet_v2"):
+        layers = {dataclasses.replace(n, count=1) for n in read_layers(name) if n.op == "mbconv"}
+        for layer in sorted(layers, key=str):
+            for dtype in DTYPES:
+                yield lambda layer=layer, dtype=dtype: _train(layer, dtype)
+
+
+def _train(layer: Any, dtype: torch.dtype) -> None:
+    fused = layer.expanded_channels != layer.channels
+    case = Case(
+        batch=128,
+        channels=layer.channels,
+        expanded=layer.expanded_channels if fused else 0,
+        outputs=layer.out_channels,
+        reduced=layer.se_channels,
+        size=(layer.height, layer.width),
+        kernel=layer.kernel_size,
+        stride=layer.stride,
+        padding="symmetric",
+        residual=layer.residual,
+        activation=layer.activation,
+    )
+    aot.differentiate(lambda tensors: run_block(case, tensors), block_tensors(case, _Empty(dtype)))
+
+
+class _Empty:
+    """Shapes alone, in place of `Draw`."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+
+    def activations(self, batch: int, channels: int, size: tuple[int, int]) -> torch.Tensor:
+        input = torch.empty(batch, channels, *size, dtype=self._dtype)
+        return input.to(memory_format=torch.channels_last)
+
+    def normal(self, *shape: int, **_: float) -> torch.Tensor:
+        return torch.empty(shape, dtype=self._dtype)
+
+    weight = uniform = normal
+
+
+@pytest.mark.parametrize("keep", [None, KEEP], ids=["all", "keep"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_reference(device, dtype, case, keep):
+    if keep is not None and not case.residual:
+        pytest.skip("only residual blocks are dropped")
+
+    def function(tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        extra = {} if keep is None else {"keep": keep.to(device)}
+        gradients = gradient_function(lambda **leaves: run_block(case, {**leaves, **extra}))
+        return run_block(case, tensors | extra), *gradients(tensors, {})
+
+    def arguments(repetition: int) -> Arguments:
+        tensors = block_tensors(case, case.draw(repetition, dtype))
+        return ({name: tensor.to(device) for name, tensor in tensors.items()},), {}
+
+    assert_parity("triton", function, arguments)
+
+
+@pytest.mark.parametrize("frozen", ["input", "expand_weight", "depthwise", "se", "project_weight"])
+def test_only_needed_gradients(device, frozen):
+    """A gradient does not depend on which others are wanted."""
+    tensors = block_tensors(BLOCK, Draw(5))
+    everything = gradient_function(lambda **leaves: run_block(BLOCK, leaves))
+    expected = dict(zip(tensors, everything(tensors, {}), strict=True))
+    fixed = {n: t.to(device) for n, t in tensors.items() if n.startswith(frozen)}
+    free = {n: t for n, t in tensors.items() if n not in fixed}
+    some = gradient_function(lambda **leaves: run_block(BLOCK, {**leaves, **fixed}))
+    for name, gradient in zip(free, some(free, {}), strict=True):
+        assert same_bits(gradient, expected[name]), name
+
+
+def test_module_trains_as_one_op(device, monkeypatch):
+    """ek.MBConv in training: outputs, gradients and buffers as stage by stage, and what is kept."""
+    tensors = block_tensors(BLOCK, Draw(6))
+    results = []
+    for backend in ("triton", "reference"):
+        module = small_block(BLOCK).to(device)
+        parameters = load(module, tensors)
+        input = tensors["input"].to(device).requires_grad_()
+        kept: list[torch.Tensor] = []
+
+        def keep(tensor: torch.Tensor, kept: list[torch.Tensor] = kept) -> torch.Tensor:
+            kept.append(tensor)
+            return tensor
+
+        with ek.use_backend(backend):
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                output = module(input)
+            output.square().sum().backward()
+        images = {id(t.untyped_storage()): t for t in kept if t.dim() == 4 and t.shape[2] > 3}
+        state = [tensor for _, tensor in sorted(module.named_buffers())]
+        gradients = [input.grad, *(parameters[name].grad for name in sorted(parameters))]
+        results.append((output.detach(), gradients, state, sum(t.numel() for t in images.values())))
+    (output, gradients, state, kept_by_us), (due, due_gradients, due_state, kept_by_it) = results
+    torch.testing.assert_close(output, due)
+    torch.testing.assert_close(gradients, due_gradients, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(state, due_state)
+    input = tensors["input"].numel()
+    # the input, the expansion, the depthwise convolution and the projection
+    assert kept_by_us == input * (1 + 3 + 3 + 1) < kept_by_it
+
+
+def test_bit_identical(device):
+    tensors = block_tensors(BLOCK, Draw(7))
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    gradients = gradient_function(lambda **leaves: run_block(BLOCK, leaves))
+    assert same_bits(gradients(tensors, {}), gradients(tensors, {}))
+
+
+def test_running_statistics(device):
+    tensors = block_tensors(BLOCK, Draw(8))
+    sizes = {"expand": 24, "depthwise": 24, "project": 8}
+
+    def run(dtype: torch.dtype, backend: str) -> list[torch.Tensor]:
+        running = {
+            n: (torch.zeros(s, dtype=dtype, device=device), torch.ones(s, dtype=dtype))
+            for n, s in sizes.items()
+        }
+        with ek.use_backend(backend):
+            run_block(BLOCK, {n: t.to(device, dtype) for n, t in tensors.items()}, running)
+        return [tensor.cpu() for pair in running.values() for tensor in pair]
+
+    for got, stock, due in zip(
+        run(torch.float32, "triton"),
+        run(torch.float32, "reference"),
+        run(torch.float64, "reference"),
+        strict=True,
+    ):
+        assert_close_to(due, got, stock)
+
+
+@pytest.mark.parametrize("capability", aot.DEVICES)
+def test_compiles_as_promised(capability):
+    compiled, broken = aot.run("mbconv_training", capability)
+    assert compiled > 0 and not broken, "\n".join(broken)
