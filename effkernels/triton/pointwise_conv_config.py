@@ -10,7 +10,10 @@ from .promises import Promise, is_vectored
 
 # `_finish_kernel`: it reads little, and as many programs as there can be should share it.
 FINISH_ROWS, FINISH_OUTPUTS = 16, 64
+# Programs on one processor: with one alone nothing hides what it waits for.
 _RESIDENT = 2
+_REGISTERS = 65536 // (_RESIDENT * 8 * 32)  # a thread's, in blocks of eight warps
+_ALL_REGISTERS = 255
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class ProductConfig:
     block_channels: int  # of one step
     num_warps: int
     num_stages: int
+    max_registers: int = _ALL_REGISTERS  # of a thread
     splits: int = 1
     stream: bool = False
     resident: int = _RESIDENT  # programs of a stream on one processor
@@ -57,8 +61,8 @@ def product_heuristic(problem: ProductProblem, device: Device) -> ProductConfig:
     - Steps of 128 bytes of channels, an L2 line; 3 stages of 128 × 64 and 64 × 128 are 96 KB.
       What lies beyond the channels costs idle lanes of a product but moves no bytes. Half of that
       where a prologue takes them through float32 registers (with 64 channels a gate, norm and SiLU
-      took 185 registers a thread), and half the outputs for a correlation, which has another tensor
-      of the output's size in registers (250 with 128 of them).
+      took 185 registers a thread), and a quarter of the tile for a correlation, which has another
+      tensor of the output's size in registers (250 with the whole tile).
     - A stream pays when every program has several tiles to run ahead in. It keeps more addresses
       and loads ahead, so it is at most 64 wide.
     - The tensor cores of sm_90 need 64 rows for each of their warp groups; where that leaves most
@@ -71,27 +75,30 @@ def product_heuristic(problem: ProductProblem, device: Device) -> ProductConfig:
     one_step = p.channels <= channels
     if p.prologue != "plain":
         channels //= 2
-    if p.correlation:
-        widest = min(widest, 64)
-    outputs = _width(p.outputs, widest, 64)
+    outputs = _width(p.outputs, 64 if p.correlation else widest, 64)
 
     def tiles(rows: int, outputs: int) -> int:
         return -(-p.rows // rows) * -(-p.outputs // outputs)
 
     if tiles(128, outputs) >= 2 * device.processors:
         rows, num_warps = (128, 8) if two_bytes else (64, 4)
+        most = _most_registers(num_warps, device)
+        if p.correlation:
+            rows, num_warps, most = 64, 4, _ALL_REGISTERS
+        elif p.mean or (p.prologue.startswith("forward") and outputs > 64):
+            most = _ALL_REGISTERS  # 140 to 160 registers; held to 128 they spill
         narrow, summed = _width(p.outputs, 64, 32), p.mean or p.correlation
         if one_step and not summed and tiles(rows, narrow) >= 4 * _RESIDENT * device.processors:
             channels = _covering(p.channels, 16, 64)
-            return ProductConfig(rows, narrow, channels, num_warps, 3, stream=True)
-        return ProductConfig(rows, outputs, channels, num_warps, 3)
+            return ProductConfig(rows, narrow, channels, num_warps, 3, most, stream=True)
+        return ProductConfig(rows, outputs, channels, num_warps, 3, most)
     outputs = min(outputs, 64)
     if tiles(64, outputs) >= device.processors:
         return ProductConfig(64, outputs, channels, 4, 3)
     outputs = 32
     steps = -(-p.channels // channels)
     splits = min(device.processors // tiles(16, outputs), steps // 4) if steps >= 8 else 1
-    return ProductConfig(16, outputs, channels, 4, 3, max(1, splits))
+    return ProductConfig(16, outputs, channels, 4, 3, splits=max(1, splits))
 
 
 def product_candidates(problem: ProductProblem, device: Device) -> Iterable[ProductConfig]:
@@ -139,6 +146,7 @@ class WeightConfig:
     splits: int
     num_warps: int
     num_stages: int
+    max_registers: int = _ALL_REGISTERS  # of a thread
 
 
 def weight_heuristic(problem: WeightProblem, device: Device) -> WeightConfig:
@@ -161,7 +169,9 @@ def weight_heuristic(problem: WeightProblem, device: Device) -> WeightConfig:
     steps = -(-p.rows // block_rows)
     splits = max(1, min(-(-2 * device.processors // tiles), steps // 8))
     num_warps = 8 if outputs + channels > 128 else 4 if two_bytes else 2
-    return WeightConfig(outputs, channels, block_rows, splits, num_warps, 3 if two_bytes else 2)
+    stages = 3 if two_bytes else 2
+    most = _most_registers(num_warps, device)
+    return WeightConfig(outputs, channels, block_rows, splits, num_warps, stages, most)
 
 
 def weight_candidates(problem: WeightProblem, device: Device) -> Iterable[WeightConfig]:
@@ -177,6 +187,17 @@ def weight_candidates(problem: WeightProblem, device: Device) -> Iterable[Weight
                     splits=splits,
                     num_warps=warps,
                 )
+
+
+def _most_registers(num_warps: int, device: Device) -> int:
+    """What a thread may have: always said, for left to itself the assembler aims at one block more
+    and spills a register or two in a dozen kernels.
+
+    Two blocks of eight warps on a processor where that costs nothing: sm_90's kernels need 130 to
+    140 registers if they get them, and no spills at 128. Those of sm_80 (operands of the product in
+    registers) and sm_100 (results out of tensor memory) spill there.
+    """
+    return _REGISTERS if num_warps == 8 and device.capability[0] == 9 else _ALL_REGISTERS
 
 
 def _width(size: int, most: int, narrow: int) -> int:

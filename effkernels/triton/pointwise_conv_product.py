@@ -239,13 +239,13 @@ def _product_kernel(
         bias = _load_vector(bias_ptr, k, outputs)
         part = tl.program_id(0) // output_tiles
         parts = tl.num_programs(0) // output_tiles
+        if WIDE:
+            part = part.to(tl.int64)
         matrix = _load_matrix(matrix_ptr, c, k, channels, outputs, TRANSPOSED)
         count = 0.0
         sums = tl.zeros([BLOCK_OUTPUTS], tl.float32)
         squares = tl.zeros([BLOCK_OUTPUTS], tl.float32)
         for tile in tl.range(part, tl.cdiv(total_rows, BLOCK_ROWS), parts):
-            if WIDE:
-                tile = tile.to(tl.int64)
             rows = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
             inside_rows = rows < total_rows
             image = rows // pixels
@@ -612,6 +612,7 @@ def product(
             BLOCK_CHANNELS=config.block_channels,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            max_registers=config.max_registers,
             **constants,
             **(dict.fromkeys(epilogue, "none") if split else epilogue),
         )

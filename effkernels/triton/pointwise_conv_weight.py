@@ -286,6 +286,7 @@ def weight_gradient(
             WIDE=is_wide(input, like, partials),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            max_registers=config.max_registers,
         )
         if splits == 1:
             return partials[0], None if bias_partials is None else bias_partials[0]

@@ -154,7 +154,7 @@ CASES = [
     # the interpreter minutes; what goes together goes through the same code
     Case(**{"batch": batch, "layout": layout, **vars(case)})
     for case, batch, layout in zip(
-        pairwise(AXES)[::4], itertools.cycle((2, 3, 1)), itertools.cycle(LAYOUTS)
+        pairwise(AXES)[::5], itertools.cycle((2, 3, 1)), itertools.cycle(LAYOUTS)
     )
 ]
 
@@ -203,8 +203,8 @@ GRADIENTS = [
         mean=mean,
     )
     for sizes, affine, gate, residual, mean in (
-        ((2, 24, 40, (9, 8), "none"), "none", False, False, False),
-        ((2, 24, 40, (9, 8), "silu"), "scale+bias", True, True, True),
+        ((2, 24, 40, (5, 8), "silu"), "scale+bias", True, True, True),
+        ((2, 24, 40, (5, 8), "none"), "none", False, False, False),
         ((3, 13, 17, (5, 7), "hard_swish"), "bias32", True, False, False),
         ((1, 8, 33, (3, 3), "relu6"), "scale32+bias32", False, False, False),
         ((2, 16, 8, (7, 7), "none"), "scale", True, False, True),
@@ -214,19 +214,22 @@ GRADIENTS = [
 ]
 
 
-@pytest.mark.parametrize("case", GRADIENTS, ids=str)
-def test_gradients(device, dtype, case):
+# the first with everything in every dtype, the others in one
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(GRADIENTS[0], dtype) for dtype in DTYPES] + list(zip(GRADIENTS[1:], DTYPES * 2, strict=True)),
+    ids=str,
+)
+def test_gradients(device, case, dtype):
     gradients = gradient_function(ops.pointwise_conv)
     assert_parity("triton", gradients, partial(arguments, case, dtype, device), channels_last=False)
 
 
-@pytest.mark.parametrize("output", [0, 1])
-@pytest.mark.parametrize("activation", ["none", "silu"])
+@pytest.mark.parametrize(("output", "activation"), [(0, "silu"), (1, "none"), (1, "silu")])
 def test_gradients_of_one_output(device, output, activation):
     """The other's gradient is None, not zero."""
-    case = Case(
-        **{**vars(GRADIENTS[1]), "activation": activation, "residual": "channels_last" * output}
-    )
+    options = {"activation": activation, "residual": None, "size": (3, 3)}
+    case = Case(**{**vars(GRADIENTS[0]), **options})
 
     def run(tensors: dict[str, Any], options: dict[str, Any]) -> tuple[Tensor, ...]:
         return gradient_function(lambda **all: ops.pointwise_conv(**all)[output])(tensors, options)
@@ -237,7 +240,8 @@ def test_gradients_of_one_output(device, output, activation):
 
 @pytest.mark.parametrize("name", ["input", "weight", "scale", "bias", "gate", "residual"])
 def test_only_needed_gradients_are_computed(device, monkeypatch, name):
-    (tensors, options), _ = arguments(GRADIENTS[1], torch.float32, device)
+    case = Case(**{**vars(GRADIENTS[0]), "size": (3, 3)})
+    (tensors, options), _ = arguments(case, torch.float32, device)
     everything = dict(
         zip(tensors, gradient_function(ops.pointwise_conv)(tensors, options), strict=True)
     )
@@ -426,23 +430,34 @@ def draw_product(
 
 ASKED = (
     Asked("affine", "none", "moments"),
-    Asked("forward", "silu", "bias mean nothing"),
+    Asked("forward", "silu", "bias mean"),
     Asked("forward", "none", "scale bias residual moments"),
     Asked("sigmoid", "relu", "residual mean"),
     Asked("slope", "none", "correlate gate", True),
     Asked("gradient", "none", "gate", True),
     Asked("normalized", "none", "", True),
-    Asked("offset", "none", "correlate nothing", True),
+    Asked("offset", "none", "correlate", True),
     Asked("factor", "none", "residual", True),
 )
 # N, C, K, H, W: rows around tiles of 16 and 64, images within and across tiles
-SIZES = ((3, 24, 40, 7, 7), (2, 9, 17, 3, 3), (2, 72, 8, 8, 8))
+SIZES = ((3, 24, 40, 5, 7), (2, 9, 17, 5, 5), (2, 72, 8, 8, 8))
 
 
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("asked", ASKED, ids=str)
-def test_product(device, dtype, asked, sizes):
+@pytest.mark.parametrize(
+    ("asked", "dtype", "sizes"),
+    list(zip(ASKED, DTYPES * 3, (*SIZES, *SIZES[1:], *SIZES, SIZES[0]), strict=True)),
+    ids=str,
+)
+def test_product(device, asked, dtype, sizes):
     assert_parity("triton", run_product, partial(draw_product, asked, sizes, dtype, device))
+
+
+def test_nothing_is_stored(device):
+    """Leaving the output out changes nothing else."""
+    (options,), _ = draw_product(ASKED[1], SIZES[0], torch.float32, device)
+    whole = product(**options)
+    part = product(**{**options, "store": False})
+    assert part.output is None and torch.equal(whole.mean, part.mean)
 
 
 CONFIGS = {
@@ -464,18 +479,18 @@ def configured(monkeypatch: Any, config: ProductConfig) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize("asked", ASKED, ids=str)
+@pytest.mark.parametrize("asked", ASKED[2:5], ids=str)
 def test_product_in_every_way(device, monkeypatch, config, asked):
     with configured(monkeypatch, config):
-        make = partial(draw_product, asked, (3, 72, 40, 7, 7), torch.float32, device)
+        make = partial(draw_product, asked, (3, 72, 40, 5, 5), torch.float32, device)
         assert_parity("triton", run_product, make)
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_moments_far_from_zero(device, monkeypatch, config):
-    """Sums of squares alone would lose the variance here."""
+    """Sums of squares alone would lose three digits of the variance here."""
     (options,), _ = draw_product(ASKED[0], (3, 24, 40, 7, 7), torch.float32, device)
-    options["bias"] = torch.full((40,), 1000.0, device=device)
+    options["bias"] = torch.full((40,), 30.0, device=device)
     doubles = {
         name: value.double() if isinstance(value, Tensor) else value
         for name, value in options.items()
@@ -488,12 +503,10 @@ def test_moments_far_from_zero(device, monkeypatch, config):
         assert_close_to(a, b, c)
 
 
-@pytest.mark.parametrize(
-    "asked", [Asked("gradient", "none", "correlate gate", True), ASKED[1], ASKED[2]], ids=str
-)
+@pytest.mark.parametrize("asked", [ASKED[2], Asked("gradient", "none", "mean gate")], ids=str)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_wide_offsets_are_the_same(device, monkeypatch, config, asked):
-    (options,), _ = draw_product(asked, (3, 24, 40, 7, 7), torch.float32, device)
+    (options,), _ = draw_product(asked, (3, 24, 40, 5, 5), torch.float32, device)
     with configured(monkeypatch, config):
         narrow = run_product(options, reference=False)
         monkeypatch.setattr(pointwise_conv_product, "is_wide", lambda *_: True)
@@ -501,7 +514,7 @@ def test_wide_offsets_are_the_same(device, monkeypatch, config, asked):
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize("asked", [ASKED[2], ASKED[3], ASKED[4]], ids=str)
+@pytest.mark.parametrize("asked", [ASKED[2], ASKED[4]], ids=str)
 def test_memory(device, monkeypatch, config, asked):
     """Everything is written, nothing beside it, and nothing that was not written is read."""
     if not interpreted():
@@ -566,19 +579,18 @@ def draw_weight(
     return (options,), {}
 
 
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize(
-    "kinds",
+    ("kinds", "dtype", "sizes"),
     [
-        ("plain", "plain"),
-        ("gradient", "forward"),
-        ("normalized", "gated"),
-        ("offset", "plain"),
-        ("plain", "affine"),
+        (("plain", "plain"), torch.bfloat16, SIZES[1]),
+        (("gradient", "forward"), torch.float32, SIZES[0]),
+        (("normalized", "gated"), torch.float16, SIZES[2]),
+        (("offset", "plain"), torch.float32, SIZES[1]),
+        (("plain", "affine"), torch.bfloat16, SIZES[2]),
     ],
-    ids="-".join,
+    ids=str,
 )
-def test_weight_gradient(device, dtype, monkeypatch, kinds, sizes):
+def test_weight_gradient(device, monkeypatch, kinds, dtype, sizes):
     make = partial(draw_weight, kinds, sizes, dtype, device)
     assert_parity("triton", run_weight, make)
     if dtype != torch.float32:
