@@ -22,6 +22,9 @@ from .language import kernel
 from .launch import launch
 
 _CHANNELS, _ROWS = 32, 32
+# Moments have few programs, one for 32 channels: what is longer than this is merged by 64 rows
+# first, by as many programs as there are groups.
+_MOST_MOMENTS, _GROUP = 512, 64
 
 
 @kernel
@@ -81,6 +84,36 @@ def _moments_kernel(
     tl.store(var_ptr + c, tl.sum(squares, 0) / total_count, mask=c < channels)
 
 
+@kernel
+def _merge_moments_kernel(
+    merged_counts_ptr,
+    merged_ptr,
+    counts_ptr,
+    partials_ptr,
+    rows,
+    channels,
+    GROUP: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    blocks = tl.cdiv(channels, CHANNELS)
+    group = tl.program_id(0) // blocks
+    c = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
+    r = group * GROUP + tl.arange(0, GROUP)
+    inside = (r < rows)[:, None] & (c < channels)[None, :]
+    offsets = r[:, None].to(tl.int64) * 2 * channels + c[None, :]
+    count = tl.load(counts_ptr + r, mask=r < rows, other=0.0)
+    sums = tl.load(partials_ptr + offsets, mask=inside, other=0.0)
+    squares = tl.load(partials_ptr + offsets + channels, mask=inside, other=0.0)
+    total_count, total = tl.sum(count, 0), tl.sum(sums, 0)
+    means = sums / tl.maximum(count, 1.0)[:, None]
+    distance = means - (total / tl.maximum(total_count, 1.0))[None, :]
+    squares += count[:, None] * distance * distance
+    place = merged_ptr + group.to(tl.int64) * 2 * channels + c
+    tl.store(place, total, mask=c < channels)
+    tl.store(place + channels, tl.sum(squares, 0), mask=c < channels)
+    tl.store(merged_counts_ptr + group, total_count)
+
+
 def totals(partials: Tensor, factor: float = 1.0) -> Tensor:
     """[B, R, C] float32 -> [B, C] float32: sums over R, times ``factor``."""
     batch, rows, channels = partials.shape
@@ -108,6 +141,22 @@ def moments(counts: Tensor, partials: Tensor, total_count: int) -> tuple[Tensor,
         total_count: the sum of ``counts``.
     """
     rows, _, channels = partials.shape
+    while rows > _MOST_MOMENTS:
+        groups = triton.cdiv(rows, _GROUP)
+        merged_counts, merged = counts.new_empty(groups), partials.new_empty(groups, 2, channels)
+        launch(
+            _merge_moments_kernel,
+            (groups * triton.cdiv(channels, _CHANNELS),),
+            merged_counts,
+            merged,
+            counts,
+            partials,
+            rows,
+            channels,
+            GROUP=_GROUP,
+            CHANNELS=_CHANNELS,
+        )
+        counts, partials, rows = merged_counts, merged, groups
     mean = torch.empty(channels, dtype=torch.float32, device=partials.device)
     var = torch.empty_like(mean)
     launch(

@@ -14,7 +14,9 @@ def test_totals(device, batch, rows, channels):
     assert_close_to(partials.double().sum(1) * 0.25, got, partials.sum(1) * 0.25)
 
 
-@pytest.mark.parametrize("counts", [(5,), (64, 64, 3), tuple(range(1, 41))], ids=len)
+@pytest.mark.parametrize(
+    "counts", [(5,), (64, 64, 3), tuple(range(1, 41)), (3,) * 513 + (2,)], ids=len
+)
 def test_moments(device, counts):
     """Of values far from zero, where sums of squares alone would lose three digits."""
     blocks = [torch.randn(count, 40) + 20 for count in counts]
