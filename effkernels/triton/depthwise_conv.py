@@ -1,0 +1,658 @@
+"""HEADER"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import cache
+from ..layout import empty_nhwc, nhwc, output_size
+from . import reduce
+from .depthwise_conv_config import DepthwiseConfig, DepthwiseProblem, candidates, heuristic
+from .depthwise_conv_window import (
+    is_inside,
+    load_row,
+    load_vector,
+    operand,
+    operand_row,
+    operand_vectors,
+)
+from .language import activate, kernel
+from .launch import device_of, launch, vector_width
+from .operands import Forward, Gradient
+from .tune import choose
+
+
+@kernel
+def _convolve_kernel(
+    output_ptr,
+    means_ptr,
+    counts_ptr,
+    moments_ptr,
+    input_ptr,
+    z_ptr,
+    taps_ptr,
+    scale_ptr,
+    bias_ptr,
+    operand_scale_ptr,
+    operand_shift_ptr,
+    gate_ptr,
+    offset_ptr,
+    factor_ptr,
+    slope_ptr,
+    constant_ptr,
+    batch,
+    height,
+    width,
+    out_height,
+    out_width,
+    channel_vectors,
+    top,
+    left,
+    stride_y,
+    stride_x,
+    dilation_y,
+    dilation_x,
+    between_y,
+    between_x,
+    rows,
+    items,
+    VECTOR: tl.constexpr,
+    KERNEL_Y: tl.constexpr,
+    KERNEL_X: tl.constexpr,
+    STRIDE_Y: tl.constexpr,  # 0: not known, the general kernel
+    STRIDE_X: tl.constexpr,
+    FLIPPED: tl.constexpr,
+    STREAMED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STRIPS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    OPERAND: tl.constexpr,
+    AFFINE: tl.constexpr,
+    OPERAND_ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    OFFSET: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    MEANS: tl.constexpr,  # "none", "tile" or "strip": whose sums are written
+    MOMENTS: tl.constexpr,
+):
+    channels = channel_vectors * VECTOR
+    channel_blocks = tl.cdiv(channels, CHANNELS)
+    # Neighbours in the grid share pixels, then halos.
+    program = tl.program_id(0) // channel_blocks
+    first_c = tl.program_id(0) % channel_blocks * CHANNELS
+    # Vectors over channels are spread over the tile as they are loaded: every thread reads its own.
+    c = tl.zeros([STRIPS, 1], tl.int32) + (first_c + tl.arange(0, CHANNELS))[None, :]
+    in_channels = c < channels
+
+    scale = load_vector(scale_ptr, c, in_channels)
+    start = tl.zeros([STRIPS, CHANNELS], tl.float32) + load_vector(bias_ptr, c, in_channels)
+    taps = ()
+    if STRIDE_Y > 0:
+        for tap in tl.static_range(KERNEL_Y * KERNEL_X):
+            value = load_vector(taps_ptr + tap * channels, c, in_channels)
+            if scale_ptr is not None:
+                value *= scale
+            taps = (value,) + taps if FLIPPED else taps + (value,)
+
+    zero = tl.zeros([STRIPS, CHANNELS], tl.float32)
+    moments = (zero, zero, zero)
+    row_blocks = tl.cdiv(out_height, rows)
+    column_blocks = tl.cdiv(out_width, COLUMNS)
+    tiles = tl.cdiv(batch * column_blocks, STRIPS)
+    first_item = program * items
+    for item in range(first_item, tl.minimum(first_item + items, tiles * row_blocks)):
+        first = item % row_blocks * rows  # row of the output
+        last = tl.minimum(first + rows, out_height)
+        tile = item // row_blocks
+        lane = tile * STRIPS + tl.arange(0, STRIPS)
+        image = lane // column_blocks
+        out_x = lane % column_blocks * COLUMNS
+        in_tile = (image < batch)[:, None] & in_channels
+        vectors = operand_vectors(
+            operand_scale_ptr,
+            operand_shift_ptr,
+            gate_ptr,
+            offset_ptr,
+            factor_ptr,
+            slope_ptr,
+            constant_ptr,
+            c,
+            image[:, None] * channels + c,
+            in_tile,
+        )
+        # Pointers to the first column of row 0 of each strip. Offsets of images and rows are
+        # 64 bits wide, those inside a row are not.
+        images = image.to(tl.int64)[:, None] * channels
+        out_lanes = output_ptr + (images * (out_height * out_width) + c)
+        out_lanes += (out_x * channels)[:, None]
+        in_lanes = input_ptr + (images * (height * width) + c)
+        z_lanes = in_lanes
+        if z_ptr is not None:
+            z_lanes = z_ptr + (images * (height * width) + c)
+        x = out_x * stride_x - left
+        if STRIDE_Y > 0:
+            in_lanes += (x * channels)[:, None]
+            z_lanes += (x * channels)[:, None]
+        x = tl.where(in_tile, x[:, None], -(2**30))
+        out_x = tl.where(in_tile, out_x[:, None], 2**30)
+        state = (zero, moments[0], moments[1], moments[2])
+
+        if STRIDE_Y == 0:
+            for out_y in range(first, last):
+                total = start
+                for i in range(KERNEL_Y):
+                    y = out_y * stride_y + i * dilation_y - top
+                    in_image = (y >= 0) & (y % between_y == 0)
+                    y = y // between_y
+                    in_image = in_image & (y < height)
+                    row = (y * width).to(tl.int64) * channels
+                    for j in range(KERNEL_X):
+                        at = x + j * dilation_x
+                        inside = in_image & (at >= 0) & (at % between_x == 0)
+                        at = at // between_x
+                        inside = inside & (at < width)
+                        value = tl.load(in_lanes + row + at * channels, mask=inside, other=0.0)
+                        z = value
+                        if z_ptr is not None:
+                            z = tl.load(z_lanes + row + at * channels, mask=inside, other=0.0)
+                        value = operand(
+                            value,
+                            z,
+                            vectors,
+                            inside,
+                            OPERAND,
+                            AFFINE,
+                            OPERAND_ACTIVATION,
+                            GATED,
+                            OFFSET,
+                            NORMALIZED,
+                        )
+                        tap = i * KERNEL_X + j
+                        if FLIPPED:
+                            tap = KERNEL_Y * KERNEL_X - 1 - tap
+                        weight = load_vector(taps_ptr + tap * channels, c, in_channels)
+                        if scale_ptr is not None:
+                            weight *= scale
+                        total += weight * value
+                state = _emit(
+                    (total,), state, out_lanes, out_y, out_x, out_width, channels,
+                    COLUMNS, ACTIVATION, MEANS, MOMENTS,
+                )
+        elif STREAMED:
+            INPUTS: tl.constexpr = (COLUMNS - 1) * STRIDE_X + KERNEL_X
+            DEPTH: tl.constexpr = (KERNEL_Y + STRIDE_Y - 1) // STRIDE_Y
+            # A step takes the next STRIDE_Y rows of the input and finishes an output row. Steps
+            # whose rows are all padding are left out.
+            y = first * STRIDE_Y - top
+            skipped = tl.minimum(tl.maximum(-y, 0) // STRIDE_Y, last - first + DEPTH - 1)
+            steps = tl.minimum(
+                last - first + DEPTH - 1, tl.maximum(tl.cdiv(height - y, STRIDE_Y), skipped)
+            )
+            y += skipped * STRIDE_Y
+            out_y = first + skipped - (DEPTH - 1)
+            sums = ()
+            for _ in tl.static_range(DEPTH * COLUMNS):
+                sums = sums + (start,)
+            offset = (y * width).to(tl.int64) * channels
+            readable = tl.where((y >= 0) & (y < height), width, 0)
+            row = load_row(in_lanes + offset, x, readable, channels, INPUTS)
+            z_row = row
+            if z_ptr is not None:
+                z_row = load_row(z_lanes + offset, x, readable, channels, INPUTS)
+            for _ in range(skipped, steps):
+                sums = _shift(sums, start, COLUMNS, DEPTH)
+                for phase in tl.static_range(STRIDE_Y):
+                    # The next row is on its way while this one is worked on.
+                    values = operand_row(
+                        row,
+                        z_row,
+                        vectors,
+                        x,
+                        readable,
+                        INPUTS,
+                        OPERAND,
+                        AFFINE,
+                        OPERAND_ACTIVATION,
+                        GATED,
+                        OFFSET,
+                        NORMALIZED,
+                    )
+                    y += 1
+                    offset = (y * width).to(tl.int64) * channels
+                    readable = tl.where((y >= 0) & (y < height), width, 0)
+                    row = load_row(in_lanes + offset, x, readable, channels, INPUTS)
+                    z_row = row
+                    if z_ptr is not None:
+                        z_row = load_row(z_lanes + offset, x, readable, channels, INPUTS)
+                    # From the oldest on: each sum takes the place that the one before it left.
+                    added = ()
+                    for d in tl.static_range(DEPTH - 1, -1, -1):
+                        part = ()
+                        for s in tl.static_range(COLUMNS):
+                            total = sums[d * COLUMNS + s]
+                            if STRIDE_Y * d + phase < KERNEL_Y:
+                                for j in tl.static_range(KERNEL_X):
+                                    tap = taps[(STRIDE_Y * d + phase) * KERNEL_X + j]
+                                    total += tap * values[s * STRIDE_X + j]
+                            part = part + (total,)
+                        added = part + added
+                    sums = added
+                if out_y >= first:
+                    state = _emit_oldest(
+                        sums, state, out_lanes, out_y, out_x, out_width, channels,
+                        COLUMNS, DEPTH, ACTIVATION, MEANS, MOMENTS,
+                    )
+                out_y += 1
+            for y in range(tl.maximum(out_y, first), last):  # rows that see padding only, now
+                sums = _shift(sums, start, COLUMNS, DEPTH)
+                state = _emit_oldest(
+                    sums, state, out_lanes, y, out_x, out_width, channels,
+                    COLUMNS, DEPTH, ACTIVATION, MEANS, MOMENTS,
+                )
+        else:
+            INPUTS: tl.constexpr = (COLUMNS - 1) * STRIDE_X + KERNEL_X
+            for out_y in range(first, last):
+                loaded = ()
+                z_loaded = ()
+                for i in tl.static_range(KERNEL_Y):
+                    y = out_y * STRIDE_Y + i - top
+                    offset = (y * width).to(tl.int64) * channels
+                    readable = tl.where((y >= 0) & (y < height), width, 0)
+                    row = load_row(in_lanes + offset, x, readable, channels, INPUTS)
+                    loaded = loaded + (row,)
+                    if z_ptr is not None:
+                        row = load_row(z_lanes + offset, x, readable, channels, INPUTS)
+                    z_loaded = z_loaded + (row,)
+                totals = ()
+                for _ in tl.static_range(COLUMNS):
+                    totals = totals + (start,)
+                for i in tl.static_range(KERNEL_Y):
+                    y = out_y * STRIDE_Y + i - top
+                    values = operand_row(
+                        loaded[i],
+                        z_loaded[i],
+                        vectors,
+                        x,
+                        tl.where((y >= 0) & (y < height), width, 0),
+                        INPUTS,
+                        OPERAND,
+                        AFFINE,
+                        OPERAND_ACTIVATION,
+                        GATED,
+                        OFFSET,
+                        NORMALIZED,
+                    )
+                    added = ()
+                    for s in tl.static_range(COLUMNS):
+                        total = totals[s]
+                        for j in tl.static_range(KERNEL_X):
+                            total += taps[i * KERNEL_X + j] * values[s * STRIDE_X + j]
+                        added = added + (total,)
+                    totals = added
+                state = _emit(
+                    totals, state, out_lanes, out_y, out_x, out_width, channels,
+                    COLUMNS, ACTIVATION, MEANS, MOMENTS,
+                )
+
+        if MEANS == "tile":  # all strips are of one image
+            tiles_per_image = tl.cdiv(column_blocks, STRIPS)
+            at = (tile // tiles_per_image).to(tl.int64) * (tiles_per_image * row_blocks)
+            at += tile % tiles_per_image * row_blocks + item % row_blocks
+            out_c = first_c + tl.arange(0, CHANNELS)
+            tl.store(
+                means_ptr + at * channels + out_c, tl.sum(state[0], 0), mask=out_c < channels
+            )
+        elif MEANS == "strip":
+            at = lane.to(tl.int64) * row_blocks + item % row_blocks
+            tl.store(means_ptr + at[:, None] * channels + c, state[0], mask=in_tile)
+        moments = (state[1], state[2], state[3])
+
+    if MOMENTS:
+        count = tl.sum(moments[0], 0)
+        total = tl.sum(moments[0] * moments[1], 0)
+        distance = moments[1] - (total / tl.maximum(count, 1.0))[None, :]
+        squares = tl.sum(moments[2] + moments[0] * distance * distance, 0)
+        out_c = first_c + tl.arange(0, CHANNELS)
+        at = program * 2 * channels + out_c
+        tl.store(moments_ptr + at, total, mask=out_c < channels)
+        tl.store(moments_ptr + at + channels, squares, mask=out_c < channels)
+        if first_c == 0:
+            tl.store(counts_ptr + program, tl.max(count, 0))
+
+
+@triton.jit
+def _shift(sums, start, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
+    """The sums of every row become those of the row before; a new row starts."""
+    shifted = ()
+    for _ in tl.static_range(COLUMNS):
+        shifted = shifted + (start,)
+    for index in tl.static_range((DEPTH - 1) * COLUMNS):
+        shifted = shifted + (sums[index],)
+    return shifted
+
+
+@triton.jit
+def _emit_oldest(
+    sums,
+    state,
+    out_lanes,
+    out_y,
+    out_x,
+    out_width,
+    channels,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    MEANS: tl.constexpr,
+    MOMENTS: tl.constexpr,
+):
+    totals = ()
+    for s in tl.static_range(COLUMNS):
+        totals = totals + (sums[(DEPTH - 1) * COLUMNS + s],)
+    return _emit(
+        totals,
+        state,
+        out_lanes,
+        out_y,
+        out_x,
+        out_width,
+        channels,
+        COLUMNS,
+        ACTIVATION,
+        MEANS,
+        MOMENTS,
+    )
+
+
+@triton.jit
+def _emit(
+    totals,
+    state,
+    out_lanes,
+    out_y,
+    out_x,
+    out_width,
+    channels,
+    COLUMNS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    MEANS: tl.constexpr,
+    MOMENTS: tl.constexpr,
+):
+    """Store a row of the strips; ``state`` (sum, count, mean, Σ (value − mean)²) grows by it."""
+    summed = state[0]
+    count = state[1]
+    mean = state[2]
+    squares = state[3]
+    lanes = out_lanes + (out_y * out_width).to(tl.int64) * channels
+    values = ()
+    row_sum = tl.zeros_like(summed)
+    for s in tl.static_range(COLUMNS):
+        inside = is_inside(out_x + s, out_width)
+        value = activate(totals[s], ACTIVATION)
+        tl.store(lanes + s * channels, value, mask=inside)
+        if MEANS != "none" or MOMENTS:
+            row_sum += tl.where(inside, value, 0.0)
+        values = values + (value,)
+    if MEANS != "none":
+        summed += row_sum
+    if MOMENTS:
+        # Chan, Golub and LeVeque's update by a whole row: nothing is lost to cancellation.
+        added = tl.minimum(tl.maximum(out_width - out_x, 0), COLUMNS).to(tl.float32)
+        row_mean = row_sum / tl.maximum(added, 1.0)
+        row_squares = tl.zeros_like(summed)
+        for s in tl.static_range(COLUMNS):
+            distance = tl.where(is_inside(out_x + s, out_width), values[s] - row_mean, 0.0)
+            row_squares += distance * distance
+        grown = count + added
+        share = added / tl.maximum(grown, 1.0)
+        distance = row_mean - mean
+        mean += distance * share
+        squares += row_squares + distance * distance * count * share
+        count = grown
+    return (summed, count, mean, squares)
+
+
+class Convolved(NamedTuple):
+    """What :func:`convolve` gives."""
+
+    output: Tensor  # [N, C, H', W'] channels_last
+    mean: Tensor | None  # [N, C] float32: the spatial mean of the output
+    moments: tuple[Tensor, Tensor] | None  # [C] float32 each: mean and biased variance of it
+    partial_means: Tensor | None  # [N, blocks, C] float32: sums whose sum is that over pixels
+
+
+def pack_taps(weight: Tensor) -> Tensor:
+    """[C, 1, kh, kw] -> [kh · kw, C], dense; kept where no gradient for the weight is recorded."""
+
+    def pack() -> Tensor:
+        return weight.detach().flatten(1).t().contiguous()
+
+    if weight.requires_grad or weight.device.type == "meta" or _is_capturing():
+        return pack()
+    return cache.cached("depthwise_taps", (weight,), pack)
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def convolve(
+    input: Tensor,
+    taps: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    operand: Forward = Forward(),
+    *,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    mean: bool = False,
+    partial_means: bool = False,
+    moments: bool = False,
+) -> Convolved:
+    """activation(scale · (taps ∗ operand(input)) + bias), each channel by itself.
+
+    Args:
+        input: [N, C, H, W].
+        taps: [kh · kw, C], see :func:`pack_taps`.
+        kernel: (kh, kw).
+        padding: (left, right, top, bottom), zeros beside ``operand``'s result.
+        operand: what the convolution sees of ``input``.
+        mean: also the spatial mean of the output.
+        partial_means: also the sums that it is made of, as they leave the kernel.
+        moments: also the mean and variance of the output over N, H' and W'.
+    """
+    height, width = output_size(input.shape[2:], kernel, stride, padding, dilation)
+    return stencil(
+        nhwc(input),
+        taps,
+        kernel,
+        stride,
+        (padding[2], padding[0]),
+        dilation,
+        (height, width),
+        operand,
+        scale=scale,
+        bias=bias,
+        activation=activation,
+        mean=mean,
+        partial_means=partial_means,
+        moments=moments,
+    )
+
+
+def stencil(
+    input: Tensor,
+    taps: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    corner: Sequence[int],
+    dilation: Sequence[int],
+    size: Sequence[int],
+    operand: Forward | Gradient = Forward(),
+    *,
+    between: Sequence[int] = (1, 1),
+    flipped: bool = False,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    mean: bool = False,
+    partial_means: bool = False,
+    moments: bool = False,
+) -> Convolved:
+    """:func:`convolve` for outputs of any ``size``, and what its gradient for the input needs.
+
+    Args:
+        corner: (top, left): the first output's window starts so far outside the input.
+        between: the input is seen with ``between - 1`` zeros between its pixels.
+        flipped: the taps are taken in reverse order.
+    """
+    batch, channels = input.shape[:2]
+    height, width = size
+    output = empty_nhwc(input, channels, height, width)
+    vector = vector_width(input.dtype, channels)
+    kind = "gradient" if isinstance(operand, Gradient) else "forward"
+    if operand == type(operand)():
+        kind = "plain"
+    gradient = operand if isinstance(operand, Gradient) else Gradient()
+    problem = DepthwiseProblem(
+        "forward",
+        batch,
+        channels,
+        height,
+        width,
+        (kernel[0], kernel[1]),
+        (stride[0], stride[1]),
+        (dilation[0], dilation[1]) if tuple(between) == (1, 1) else (0, 0),
+        input.element_size(),
+        kind,
+        moments,
+    )
+
+    def run(config: DepthwiseConfig) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        column_blocks = triton.cdiv(width, config.columns)
+        row_blocks = triton.cdiv(height, config.rows)
+        items = triton.cdiv(batch * column_blocks, config.strips) * row_blocks
+        programs = triton.cdiv(items, config.items)
+        sums = counts = partials = None
+        by_tile = batch == 1 or column_blocks % config.strips == 0
+        if mean or partial_means:
+            blocks = triton.cdiv(column_blocks, config.strips) if by_tile else column_blocks
+            sums = _float32(input, batch, blocks * row_blocks, channels)
+        if moments:
+            counts = _float32(input, programs)
+            partials = _float32(input, programs, 2, channels)
+        launch(
+            _convolve_kernel,
+            (programs * triton.cdiv(channels, config.channels),),
+            output,
+            sums,
+            counts,
+            partials,
+            input,
+            gradient.z if kind == "gradient" else None,
+            taps,
+            scale,
+            bias,
+            operand.scale,
+            operand.shift,
+            operand.gate,
+            gradient.offset,
+            gradient.factor,
+            gradient.slope,
+            gradient.constant,
+            batch,
+            *input.shape[2:],
+            height,
+            width,
+            channels // vector,
+            *corner,
+            *stride,
+            *dilation,
+            *between,
+            config.rows,
+            config.items,
+            num_warps=config.num_warps,
+            VECTOR=vector,
+            KERNEL_Y=kernel[0],
+            KERNEL_X=kernel[1],
+            STRIDE_Y=stride[0] if problem.is_tuned else 0,
+            STRIDE_X=stride[1] if problem.is_tuned else 0,
+            FLIPPED=flipped,
+            STREAMED=config.streamed,
+            COLUMNS=config.columns,
+            STRIPS=config.strips,
+            CHANNELS=config.channels,
+            OPERAND=kind,
+            AFFINE=operand.scale is not None,
+            OPERAND_ACTIVATION=operand.activation,
+            GATED=operand.gate is not None,
+            OFFSET=gradient.offset is not None,
+            NORMALIZED=gradient.factor is not None,
+            ACTIVATION=activation,
+            MEANS="none" if sums is None else "tile" if by_tile else "strip",
+            MOMENTS=moments,
+        )
+        return sums, counts, partials
+
+    config = choose("depthwise_conv", problem, device_of(input), heuristic, candidates, run)
+    sums, counts, partials = run(config)
+    pixels = height * width
+    return Convolved(
+        output,
+        reduce.totals(sums, 1 / pixels) if mean else None,
+        reduce.moments(counts, partials, batch * pixels) if moments else None,
+        sums if partial_means else None,
+    )
+
+
+def _float32(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def depthwise_conv(
+    input: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    activation: str,
+    return_mean: bool,
+) -> tuple[Tensor, Tensor]:
+    """The op ``depthwise_conv``."""
+    convolved = convolve(
+        input,
+        pack_taps(weight),
+        weight.shape[2:],
+        stride,
+        padding,
+        dilation,
+        scale=scale,
+        bias=bias,
+        activation=activation,
+        mean=return_mean,
+    )
+    if convolved.mean is None:
+        return convolved.output, input.new_empty(0)
+    return convolved.output, convolved.mean.to(input.dtype)
+
+
+def depthwise_conv_backward(
+    arguments: list[Any],
+    needed: list[bool],
+    saved: tuple[Tensor, ...],
+    gradients: tuple[Tensor | None, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of :func:`depthwise_conv` for input, weight, scale and bias."""
+    raise NotImplementedError
