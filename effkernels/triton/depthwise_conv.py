@@ -17,6 +17,7 @@ from .depthwise_conv_config import DepthwiseConfig, DepthwiseProblem, candidates
 from .depthwise_conv_window import (
     is_inside,
     load_row,
+    load_taps,
     load_vector,
     operand,
     operand_row,
@@ -91,23 +92,24 @@ def _convolve_kernel(
     c = tl.zeros([STRIPS, 1], tl.int32) + (first_c + tl.arange(0, CHANNELS))[None, :]
     in_channels = c < channels
 
-    scale = load_vector(scale_ptr, c, in_channels)
     start = tl.zeros([STRIPS, CHANNELS], tl.float32) + load_vector(bias_ptr, c, in_channels)
     taps = ()
     if STRIDE_Y > 0:
-        for tap in tl.static_range(KERNEL_Y * KERNEL_X):
-            value = load_vector(taps_ptr + tap * channels, c, in_channels)
-            if scale_ptr is not None:
-                value *= scale
-            taps = (value,) + taps if FLIPPED else taps + (value,)
+        taps = load_taps(
+            taps_ptr, scale_ptr, c, in_channels, channels, KERNEL_Y * KERNEL_X, FLIPPED
+        )
 
     zero = tl.zeros([STRIPS, CHANNELS], tl.float32)
     moments = (zero, zero, zero)
     row_blocks = tl.cdiv(out_height, rows)
     column_blocks = tl.cdiv(out_width, COLUMNS)
     tiles = tl.cdiv(batch * column_blocks, STRIPS)
-    first_item = program * items
-    for item in range(first_item, tl.minimum(first_item + items, tiles * row_blocks)):
+    if MOMENTS:
+        count = tl.minimum(items, tiles * row_blocks - program * items)
+    else:
+        count = 1
+    for index in range(count):
+        item = program * items + index
         first = item % row_blocks * rows  # row of the output
         last = tl.minimum(first + rows, out_height)
         tile = item // row_blocks
@@ -142,7 +144,9 @@ def _convolve_kernel(
             z_lanes += (x * channels)[:, None]
         x = tl.where(in_tile, x[:, None], -(2**30))
         out_x = tl.where(in_tile, out_x[:, None], 2**30)
-        state = (zero, moments[0], moments[1], moments[2])
+        state = (zero, moments[1], moments[2])
+        # How many values each row of the strips adds, for MOMENTS.
+        each = tl.minimum(tl.maximum(out_width - out_x, 0), COLUMNS).to(tl.float32)
 
         if STRIDE_Y == 0:
             for out_y in range(first, last):
@@ -179,10 +183,11 @@ def _convolve_kernel(
                             tap = KERNEL_Y * KERNEL_X - 1 - tap
                         weight = load_vector(taps_ptr + tap * channels, c, in_channels)
                         if scale_ptr is not None:
-                            weight *= scale
+                            weight *= load_vector(scale_ptr, c, in_channels)
                         total += weight * value
                 state = _emit(
-                    (total,), state, out_lanes, out_y, out_x, out_width, channels,
+                    (total,), state, moments[0] + each * (out_y - first), each, out_lanes, out_y, out_x,
+                    out_width, channels,
                     COLUMNS, ACTIVATION, MEANS, MOMENTS,
                 )
         elif STREAMED:
@@ -246,14 +251,16 @@ def _convolve_kernel(
                     sums = added
                 if out_y >= first:
                     state = _emit_oldest(
-                        sums, state, out_lanes, out_y, out_x, out_width, channels,
+                        sums, state, moments[0] + each * (out_y - first), each, out_lanes, out_y, out_x,
+                    out_width, channels,
                         COLUMNS, DEPTH, ACTIVATION, MEANS, MOMENTS,
                     )
                 out_y += 1
             for y in range(tl.maximum(out_y, first), last):  # rows that see padding only, now
                 sums = _shift(sums, start, COLUMNS, DEPTH)
                 state = _emit_oldest(
-                    sums, state, out_lanes, y, out_x, out_width, channels,
+                    sums, state, moments[0] + each * (y - first), each, out_lanes, y, out_x,
+                    out_width, channels,
                     COLUMNS, DEPTH, ACTIVATION, MEANS, MOMENTS,
                 )
         else:
@@ -297,7 +304,8 @@ def _convolve_kernel(
                         added = added + (total,)
                     totals = added
                 state = _emit(
-                    totals, state, out_lanes, out_y, out_x, out_width, channels,
+                    totals, state, moments[0] + each * (out_y - first), each, out_lanes, out_y, out_x,
+                    out_width, channels,
                     COLUMNS, ACTIVATION, MEANS, MOMENTS,
                 )
 
@@ -312,19 +320,27 @@ def _convolve_kernel(
         elif MEANS == "strip":
             at = lane.to(tl.int64) * row_blocks + item % row_blocks
             tl.store(means_ptr + at[:, None] * channels + c, state[0], mask=in_tile)
-        moments = (state[1], state[2], state[3])
+        moments = (moments[0] + each * (last - first), state[1], state[2])
 
     if MOMENTS:
-        count = tl.sum(moments[0], 0)
-        total = tl.sum(moments[0] * moments[1], 0)
-        distance = moments[1] - (total / tl.maximum(count, 1.0))[None, :]
-        squares = tl.sum(moments[2] + moments[0] * distance * distance, 0)
+        counted, mean, squares = tl.reduce(moments, 0, _merge)
+        total = counted * mean
         out_c = first_c + tl.arange(0, CHANNELS)
         at = program * 2 * channels + out_c
         tl.store(moments_ptr + at, total, mask=out_c < channels)
         tl.store(moments_ptr + at + channels, squares, mask=out_c < channels)
         if first_c == 0:
-            tl.store(counts_ptr + program, tl.max(count, 0))
+            tl.store(counts_ptr + program, tl.max(counted, 0))
+
+
+@triton.jit
+def _merge(count, mean, squares, other_count, other_mean, other_squares):
+    """Count, mean and Σ (value − mean)² of two blocks together (Chan, Golub and LeVeque)."""
+    total = count + other_count
+    share = other_count / tl.maximum(total, 1.0)
+    distance = other_mean - mean
+    squares += other_squares + distance * distance * count * share
+    return total, mean + distance * share, squares
 
 
 @triton.jit
@@ -342,6 +358,8 @@ def _shift(sums, start, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
 def _emit_oldest(
     sums,
     state,
+    count,
+    each,
     out_lanes,
     out_y,
     out_x,
@@ -359,6 +377,8 @@ def _emit_oldest(
     return _emit(
         totals,
         state,
+        count,
+        each,
         out_lanes,
         out_y,
         out_x,
@@ -375,6 +395,8 @@ def _emit_oldest(
 def _emit(
     totals,
     state,
+    count,
+    each,
     out_lanes,
     out_y,
     out_x,
@@ -385,11 +407,13 @@ def _emit(
     MEANS: tl.constexpr,
     MOMENTS: tl.constexpr,
 ):
-    """Store a row of the strips; ``state`` (sum, count, mean, Σ (value − mean)²) grows by it."""
+    """Store a row of the strips; ``state`` (sum, mean, Σ (value − mean)²) grows by it.
+
+    The mean is one of ``count`` values so far, to which each strip adds ``each``.
+    """
     summed = state[0]
-    count = state[1]
-    mean = state[2]
-    squares = state[3]
+    mean = state[1]
+    squares = state[2]
     lanes = out_lanes + (out_y * out_width).to(tl.int64) * channels
     values = ()
     row_sum = tl.zeros_like(summed)
@@ -403,20 +427,14 @@ def _emit(
     if MEANS != "none":
         summed += row_sum
     if MOMENTS:
-        # Chan, Golub and LeVeque's update by a whole row: nothing is lost to cancellation.
-        added = tl.minimum(tl.maximum(out_width - out_x, 0), COLUMNS).to(tl.float32)
-        row_mean = row_sum / tl.maximum(added, 1.0)
+        # Row by row, so that nothing is lost to cancellation.
+        row_mean = row_sum / tl.maximum(each, 1.0)
         row_squares = tl.zeros_like(summed)
         for s in tl.static_range(COLUMNS):
             distance = tl.where(is_inside(out_x + s, out_width), values[s] - row_mean, 0.0)
             row_squares += distance * distance
-        grown = count + added
-        share = added / tl.maximum(grown, 1.0)
-        distance = row_mean - mean
-        mean += distance * share
-        squares += row_squares + distance * distance * count * share
-        count = grown
-    return (summed, count, mean, squares)
+        _, mean, squares = _merge(count, mean, squares, each, row_mean, row_squares)
+    return (summed, mean, squares)
 
 
 class Convolved(NamedTuple):
@@ -582,6 +600,7 @@ def stencil(
             config.rows,
             config.items,
             num_warps=config.num_warps,
+            maxnreg=config.registers,
             VECTOR=vector,
             KERNEL_Y=kernel[0],
             KERNEL_X=kernel[1],

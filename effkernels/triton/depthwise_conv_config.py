@@ -59,6 +59,7 @@ class DepthwiseConfig:
     channels: int
     items: int = 1
     num_warps: int = 4
+    registers: int | None = None
 
     def programs(self, problem: DepthwiseProblem) -> int:
         across = -(-problem.batch * -(-problem.width // self.columns) // self.strips)
@@ -79,14 +80,16 @@ def heuristic(problem: DepthwiseProblem, device: Device) -> DepthwiseConfig:
       at once.
     """
     tuned = problem.is_tuned
-    small = max(problem.kernel) <= 3
-    wide = max(problem.kernel) == 5 and problem.width % 7 == 0 and problem.stride == (1, 1)
+    size = max(problem.kernel)
+    plain = problem.operand == "plain" and not problem.moments
+    wide = size == 5 and problem.width % 7 == 0 and problem.stride == (1, 1)
     config = DepthwiseConfig(
         streamed=tuned,
         columns=1 if not tuned else 7 if wide else 4,
         rows=min(problem.height, 28),
-        strips=16 if small else 4,
-        channels=32 if small else 64,
+        strips=4 if size > 3 else 16 if plain else 8,
+        channels=64 if size > 3 else 32,
+        registers=168 if plain and size <= 5 and not wide else None,
     )
     enough = 2 * 4 * device.processors
     while config.rows > 4 and config.programs(problem) < enough:

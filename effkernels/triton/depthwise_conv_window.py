@@ -37,6 +37,21 @@ def load_row(lanes, x, width, channels, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def load_taps(
+    taps_ptr, scale_ptr, c, inside, channels, COUNT: tl.constexpr, FLIPPED: tl.constexpr
+):
+    """The window's taps, times ``scale``; ``FLIPPED``: the last one first."""
+    scale = load_vector(scale_ptr, c, inside)
+    taps = ()
+    for index in tl.static_range(COUNT):
+        tap = load_vector(taps_ptr + index * channels, c, inside)
+        if scale_ptr is not None:
+            tap *= scale
+        taps = (tap,) + taps if FLIPPED else taps + (tap,)
+    return taps
+
+
+@triton.jit
 def is_inside(x, width):
     """0 <= x < width, in one comparison."""
     return x.to(tl.uint32, bitcast=True) < width.to(tl.uint32)

@@ -53,6 +53,7 @@ class Launch:
     aligned: tuple[str, ...]  # parameters that are multiples of 16
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
 
 
 _collecting: ContextVar[tuple[Device, dict[Launch, None]] | None] = ContextVar(
@@ -103,27 +104,41 @@ def launch(
     *arguments: Any,
     num_warps: int = 4,
     num_stages: int = 1,
+    maxnreg: int | None = None,
     **constants: Any,
 ) -> None:
     """``kernel[grid](*arguments, **constants)`` on the first tensor's device, current stream.
 
     Args:
         arguments: tensors, integers, floats and None, in the kernel's order.
+        maxnreg: registers a thread; None: as many as the compiler likes.
         constants: its ``tl.constexpr`` parameters.
     """
     collecting = _collecting.get()
     if collecting is not None:
-        collecting[1][_describe(kernel, arguments, constants, num_warps, num_stages)] = None
+        described = _describe(kernel, arguments, constants, num_warps, num_stages, maxnreg)
+        collecting[1][described] = None
         return
     if 0 in grid:
         return
     tensor = next(argument for argument in arguments if isinstance(argument, Tensor))
     with torch.cuda.device_of(tensor):
-        kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages)
+        kernel[grid](
+            *arguments,
+            **constants,
+            num_warps=num_warps,
+            num_stages=num_stages,
+            maxnreg=maxnreg,
+        )
 
 
 def _describe(
-    kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any], warps: int, stages: int
+    kernel: Any,
+    arguments: tuple[Any, ...],
+    constants: dict[str, Any],
+    warps: int,
+    stages: int,
+    maxnreg: int | None,
 ) -> Launch:
     """As ``triton.jit`` would specialise the call; see :func:`effkernels.triton.language.kernel`"""
     signature: list[tuple[str, str]] = []
@@ -144,7 +159,7 @@ def _describe(
             signature.append((name, "fp32"))
         else:
             signature.append((name, "i32" if -_INT32 <= value < _INT32 else "i64"))
-    return Launch(kernel, tuple(signature), tuple(fixed), tuple(aligned), warps, stages)
+    return Launch(kernel, tuple(signature), tuple(fixed), tuple(aligned), warps, stages, maxnreg)
 
 
 def vector_width(dtype: torch.dtype, *sizes: int) -> int:

@@ -102,7 +102,11 @@ def compile_launch(launch: Launch, capability: int) -> Any:
         constexprs=dict(launch.constants),
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned},
     )
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options = {
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+        "maxnreg": launch.maxnreg,
+    }
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
@@ -167,7 +171,8 @@ def describe(launch: Launch) -> str:
     types = ", ".join(kind for _, kind in launch.signature if kind.startswith("*"))
     return (
         f"{launch.kernel.fn.__name__}({types}; {constants}) "
-        f"warps={launch.num_warps} stages={launch.num_stages}"
+        f"warps={launch.num_warps} stages={launch.num_stages} "
+        f"maxnreg={launch.maxnreg}"
     )
 
 
