@@ -674,4 +674,48 @@ def depthwise_conv_backward(
     gradients: tuple[Tensor | None, ...],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of :func:`depthwise_conv` for input, weight, scale and bias."""
-    raise NotImplementedError
+    from .depthwise_conv_gradient import input_gradient, weight_gradient
+
+    input, weight, scale, bias, stride, padding, dilation, activation, _ = arguments
+    upstream, mean_gradient = gradients
+    results: list[Tensor | None] = [None] * len(arguments)
+    if (upstream is None and mean_gradient is None) or not any(needed):
+        return tuple(results)
+    kernel = weight.shape[2:]
+    height, width = output_size(input.shape[2:], kernel, stride, padding, dilation)
+    if upstream is None:  # only the mean was used
+        upstream = empty_nhwc(input, input.shape[1], height, width).zero_()
+    input, taps = nhwc(input), pack_taps(weight)
+    gradient = Gradient()
+    if mean_gradient is not None:
+        gradient = gradient._replace(offset=mean_gradient.float() / (height * width))
+    if activation != "none":
+        before = convolve(input, taps, kernel, stride, padding, dilation, scale=scale, bias=bias)
+        gradient = gradient._replace(z=before.output, activation=activation)
+    if needed[0]:
+        results[0] = input_gradient(
+            upstream, taps, kernel, stride, padding, dilation, input.shape[2:], gradient, scale
+        )
+    if needed[1] or needed[2]:
+        for_taps, results[3] = weight_gradient(
+            upstream,
+            gradient,
+            input,
+            Forward(),
+            kernel,
+            stride,
+            padding,
+            dilation,
+            bias=needed[3],
+        )
+        if needed[1]:
+            for_weight = for_taps if scale is None else for_taps * scale
+            results[1] = for_weight.t().reshape(weight.shape)
+        if needed[2]:
+            results[2] = (for_taps * taps).sum(0)
+    elif needed[3]:  # a sum over pixels: the bias of a 1x1 convolution
+        one, none = (1, 1), (0, 0, 0, 0)
+        _, results[3] = weight_gradient(
+            upstream, gradient, upstream, Forward(), one, one, none, one, bias=True
+        )
+    return tuple(results)
