@@ -186,9 +186,19 @@ def _convolve_kernel(
                             weight *= load_vector(scale_ptr, c, in_channels)
                         total += weight * value
                 state = _emit(
-                    (total,), state, moments[0] + each * (out_y - first), each, out_lanes, out_y, out_x,
-                    out_width, channels,
-                    COLUMNS, ACTIVATION, MEANS, MOMENTS,
+                    (total,),
+                    state,
+                    moments[0] + each * (out_y - first),
+                    each,
+                    out_lanes,
+                    out_y,
+                    out_x,
+                    out_width,
+                    channels,
+                    COLUMNS,
+                    ACTIVATION,
+                    MEANS,
+                    MOMENTS,
                 )
         elif STREAMED:
             INPUTS: tl.constexpr = (COLUMNS - 1) * STRIDE_X + KERNEL_X
@@ -251,18 +261,41 @@ def _convolve_kernel(
                     sums = added
                 if out_y >= first:
                     state = _emit_oldest(
-                        sums, state, moments[0] + each * (out_y - first), each, out_lanes, out_y, out_x,
-                    out_width, channels,
-                        COLUMNS, DEPTH, ACTIVATION, MEANS, MOMENTS,
+                        sums,
+                        state,
+                        moments[0] + each * (out_y - first),
+                        each,
+                        out_lanes,
+                        out_y,
+                        out_x,
+                        out_width,
+                        channels,
+                        COLUMNS,
+                        DEPTH,
+                        ACTIVATION,
+                        MEANS,
+                        MOMENTS,
                     )
                 out_y += 1
-            for y in range(tl.maximum(out_y, first), last):  # rows that see padding only, now
+            for y in range(out_y, last):  # rows whose windows see nothing but padding from here on
                 sums = _shift(sums, start, COLUMNS, DEPTH)
-                state = _emit_oldest(
-                    sums, state, moments[0] + each * (y - first), each, out_lanes, y, out_x,
-                    out_width, channels,
-                    COLUMNS, DEPTH, ACTIVATION, MEANS, MOMENTS,
-                )
+                if y >= first:
+                    state = _emit_oldest(
+                        sums,
+                        state,
+                        moments[0] + each * (y - first),
+                        each,
+                        out_lanes,
+                        y,
+                        out_x,
+                        out_width,
+                        channels,
+                        COLUMNS,
+                        DEPTH,
+                        ACTIVATION,
+                        MEANS,
+                        MOMENTS,
+                    )
         else:
             INPUTS: tl.constexpr = (COLUMNS - 1) * STRIDE_X + KERNEL_X
             for out_y in range(first, last):
@@ -304,9 +337,19 @@ def _convolve_kernel(
                         added = added + (total,)
                     totals = added
                 state = _emit(
-                    totals, state, moments[0] + each * (out_y - first), each, out_lanes, out_y, out_x,
-                    out_width, channels,
-                    COLUMNS, ACTIVATION, MEANS, MOMENTS,
+                    totals,
+                    state,
+                    moments[0] + each * (out_y - first),
+                    each,
+                    out_lanes,
+                    out_y,
+                    out_x,
+                    out_width,
+                    channels,
+                    COLUMNS,
+                    ACTIVATION,
+                    MEANS,
+                    MOMENTS,
                 )
 
         if MEANS == "tile":  # all strips are of one image
@@ -314,9 +357,7 @@ def _convolve_kernel(
             at = (tile // tiles_per_image).to(tl.int64) * (tiles_per_image * row_blocks)
             at += tile % tiles_per_image * row_blocks + item % row_blocks
             out_c = first_c + tl.arange(0, CHANNELS)
-            tl.store(
-                means_ptr + at * channels + out_c, tl.sum(state[0], 0), mask=out_c < channels
-            )
+            tl.store(means_ptr + at * channels + out_c, tl.sum(state[0], 0), mask=out_c < channels)
         elif MEANS == "strip":
             at = lane.to(tl.int64) * row_blocks + item % row_blocks
             tl.store(means_ptr + at[:, None] * channels + c, state[0], mask=in_tile)

@@ -114,64 +114,55 @@ def _strided_input_gradient_kernel(
     x = tl.where(in_tile, x[:, None], -(2**30))
     zero = tl.zeros([STRIPS, CHANNELS], tl.float32)
 
-    for a in range(a_begin, a_end):
-        rows_loaded = ()
-        z_loaded = ()
-        for e in tl.static_range(REACH_Y):
-            y = a - e
-            offset = (y * up_width).to(tl.int64) * channels
-            readable = tl.where((y >= 0) & (y < up_height), up_width, 0)
-            row = load_row(up_lanes + offset, x, readable, channels, INPUTS)
-            rows_loaded = rows_loaded + (row,)
-            if z_ptr is not None:
-                row = load_row(z_lanes + offset, x, readable, channels, INPUTS)
-            z_loaded = z_loaded + (row,)
-        sums = ()
-        for _ in tl.static_range(STRIDE_Y * OUTPUTS):
-            sums = sums + (zero,)
-        for e in tl.static_range(REACH_Y):
-            y = a - e
-            values = operand_row(
-                rows_loaded[e],
-                z_loaded[e],
-                vectors,
-                x,
-                tl.where((y >= 0) & (y < up_height), up_width, 0),
-                INPUTS,
-                OPERAND,
-                AFFINE,
-                OPERAND_ACTIVATION,
-                GATED,
-                OFFSET,
-                NORMALIZED,
-            )
-            added = ()
+    window = ()  # the last REACH_Y rows of the upstream gradient, the newest first
+    for _ in tl.static_range(REACH_Y * INPUTS):
+        window = window + (zero,)
+    for a in range(a_begin - (REACH_Y - 1), a_end):
+        offset = (a * up_width).to(tl.int64) * channels
+        readable = tl.where((a >= 0) & (a < up_height), up_width, 0)
+        row = load_row(up_lanes + offset, x, readable, channels, INPUTS)
+        z_row = row
+        if z_ptr is not None:
+            z_row = load_row(z_lanes + offset, x, readable, channels, INPUTS)
+        shifted = operand_row(
+            row,
+            z_row,
+            vectors,
+            x,
+            readable,
+            INPUTS,
+            OPERAND,
+            AFFINE,
+            OPERAND_ACTIVATION,
+            GATED,
+            OFFSET,
+            NORMALIZED,
+        )
+        for index in tl.static_range((REACH_Y - 1) * INPUTS):
+            shifted = shifted + (window[index],)
+        window = shifted
+        if a >= a_begin:
             for phase in tl.static_range(STRIDE_Y):
+                out_y = a * STRIDE_Y + phase - top
+                row_lanes = out_lanes + (out_y * width).to(tl.int64) * channels
+                writable = tl.where((out_y >= 0) & (out_y < height), width, 0)
                 for column in tl.static_range(OUTPUTS):
-                    total = sums[phase * OUTPUTS + column]
-                    if phase + STRIDE_Y * e < KERNEL_Y:
-                        for f in tl.static_range(REACH_X):
-                            if column % STRIDE_X + STRIDE_X * f < KERNEL_X:
-                                total += (
-                                    taps[
-                                        (phase + STRIDE_Y * e) * KERNEL_X
-                                        + column % STRIDE_X
-                                        + STRIDE_X * f
-                                    ]
-                                    * values[column // STRIDE_X + REACH_X - 1 - f]
-                                )
-                    added = added + (total,)
-            sums = added
-        for phase in tl.static_range(STRIDE_Y):
-            out_y = a * STRIDE_Y + phase - top
-            row_lanes = out_lanes + (out_y * width).to(tl.int64) * channels
-            writable = tl.where((out_y >= 0) & (out_y < height), width, 0)
-            for column in tl.static_range(OUTPUTS):
-                tl.store(
-                    row_lanes + column * channels,
-                    sums[phase * OUTPUTS + column],
-                    mask=is_inside(out_x + column, writable),
-                )
+                    total = zero
+                    for i in tl.static_range(phase, KERNEL_Y, STRIDE_Y):
+                        for j in tl.static_range(column % STRIDE_X, KERNEL_X, STRIDE_X):
+                            value = window[
+                                i // STRIDE_Y * INPUTS
+                                + column // STRIDE_X
+                                + REACH_X
+                                - 1
+                                - j // STRIDE_X
+                            ]
+                            total += taps[i * KERNEL_X + j] * value
+                    tl.store(
+                        row_lanes + column * channels,
+                        total,
+                        mask=is_inside(out_x + column, writable),
+                    )
 
 
 @kernel
@@ -346,8 +337,7 @@ def _weight_gradient_kernel(
                         if i % STRIDE_Y == phase:
                             for s in tl.static_range(COLUMNS):
                                 total += (
-                                    window[i // STRIDE_Y * COLUMNS + s]
-                                    * values[s * STRIDE_X + j]
+                                    window[i // STRIDE_Y * COLUMNS + s] * values[s * STRIDE_X + j]
                                 )
                         added = added + (total,)
                 sums = added
@@ -513,7 +503,8 @@ def input_gradient(
         gradient = gradient._replace(z=nhwc(gradient.z))
     left, _, top, _ = padding
     strided = max(stride) > 1
-    problem = _problem("input_gradient", upstream, size, kernel, stride, dilation, gradient)
+    groups = (triton.cdiv(size[0], stride[0]), triton.cdiv(size[1], stride[1]))
+    problem = _problem("input_gradient", upstream, groups, kernel, stride, dilation, gradient)
     if not strided or not problem.is_tuned:
         return stencil(
             upstream,

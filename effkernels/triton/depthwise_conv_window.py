@@ -37,9 +37,7 @@ def load_row(lanes, x, width, channels, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def load_taps(
-    taps_ptr, scale_ptr, c, inside, channels, COUNT: tl.constexpr, FLIPPED: tl.constexpr
-):
+def load_taps(taps_ptr, scale_ptr, c, inside, channels, COUNT: tl.constexpr, FLIPPED: tl.constexpr):
     """The window's taps, times ``scale``; ``FLIPPED``: the last one first."""
     scale = load_vector(scale_ptr, c, inside)
     taps = ()
