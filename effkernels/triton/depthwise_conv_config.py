@@ -50,7 +50,8 @@ class DepthwiseConfig:
         channels: of a program.
         items: how many times ``strips`` a program works through, one after the other.
         num_warps: ``strips * channels / (32 * num_warps)`` channels a thread.
-        registers: the most a thread may have; None: no limit.
+        registers: the most a thread may have. Left alone, the compiler spills a few to fit
+            another block; with 255, all there are, it does not.
     """
 
     streamed: bool
@@ -60,7 +61,7 @@ class DepthwiseConfig:
     channels: int
     items: int = 1
     num_warps: int = 4
-    registers: int | None = None
+    registers: int = 255
 
     def programs(self, problem: DepthwiseProblem) -> int:
         across = -(-problem.batch * -(-problem.width // self.columns) // self.strips)
@@ -90,28 +91,27 @@ def heuristic(problem: DepthwiseProblem, device: Device) -> DepthwiseConfig:
     """
     tuned = problem.is_tuned
     size = max(problem.kernel)
-    plain = problem.operand == "plain" and not problem.moments
-    forward = problem.name == "forward"
-    wide = forward and plain and size == 5 and problem.stride == (1, 1)
-    wide = wide and problem.width % 7 == 0
+    inference = problem.name == "forward" and problem.operand == "plain" and not problem.moments
+    wide = inference and size == 5 and problem.stride == (1, 1) and problem.width % 7 == 0
+    four_channels = inference and size <= 3 and max(problem.stride) == 1
     config = DepthwiseConfig(
         streamed=tuned,
         columns=1 if not tuned else 7 if wide else 4,
         rows=min(problem.height, 28),
-        strips=4 if size > 3 else 16 if forward and plain else 8,
+        strips=4 if size > 3 else 16 if four_channels else 8,
         channels=64 if size > 3 else 32,
-        registers=168 if tuned and forward and plain and size <= 5 and not wide else None,
+        registers=168 if tuned and inference and size <= 5 and not wide else 255,
     )
+    if problem.name == "weight_gradient" and max(problem.stride) > 1 and size > 3:
+        config = replace(config, columns=4 if problem.itemsize < 4 else 2)  # else float32 spills
     enough = 8 * device.processors
     while config.rows > 4 and config.programs(problem) < enough:
         config = replace(config, rows=-(-config.rows // 2))
-    if config.programs(problem) < enough and forward and plain:
-        columns = min(config.columns, 4)
-        strips = problem.batch * -(-problem.width // columns)
-        while config.strips > 1 and config.num_warps > 1 and config.strips >= 2 * strips:
-            config = replace(config, strips=config.strips // 2, num_warps=config.num_warps // 2)
-        config = replace(config, streamed=False, columns=columns, rows=1)
-        while config.programs(problem) > enough:
+    if tuned and inference and size <= 5 and config.programs(problem) < enough:
+        config = replace(config, streamed=False, columns=4, rows=1, registers=255)
+        warps = 4 if size > 3 else 2
+        config = replace(config, num_warps=warps, strips=config.strips * warps // 4)
+        while config.programs(problem) > 2 * enough:
             config = replace(config, rows=2 * config.rows)
     if problem.moments or problem.name == "weight_gradient":
         items = config.programs(problem) // (4 * device.processors)
@@ -125,7 +125,7 @@ def candidates(problem: DepthwiseProblem, device: Device) -> Iterator[DepthwiseC
     for rows in sorted({1, 4, 7, 14, 28, 56, problem.height}):
         for columns in (2, 4, 7) if problem.is_tuned else (1,):
             for strips, channels in ((16, 32), (8, 32), (4, 64), (8, 64)):
-                for registers in (None, 128, 168):
+                for registers in (255, 128, 168):
                     yield replace(
                         config,
                         streamed=problem.is_tuned and rows > 1,
@@ -147,10 +147,12 @@ def promise(launch: Launch) -> Promise:
     constants = dict(launch.constants)
     if "KERNEL_Y" not in constants or constants["STRIDE_Y"] == 0:  # the general kernels
         return Promise(warps=32)
-    each = constants["STRIPS"] * constants["CHANNELS"] // (32 * launch.num_warps)
+    each = (
+        constants["STRIPS"] * constants["CHANNELS"] // (32 * launch.num_warps)
+    )  # channels of a thread
     width = min(each, constants["VECTOR"]) * itemsize(launch)
     return Promise(
-        warps=12 if launch.maxnreg or constants["KERNEL_Y"] <= 3 else 8,
+        warps=12 if launch.maxnreg == 168 else 8,
         vector_loads=width >= 16,
         vector_stores=width >= 16 and not _gives_sums(launch),
         narrowest_load=width,
