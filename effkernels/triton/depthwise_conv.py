@@ -138,22 +138,19 @@ def _convolve_kernel(
     c = tl.zeros([STRIPS, 1], tl.int32) + (first_c + tl.arange(0, CHANNELS))[None, :]
     in_channels = c < channels
 
-    start = tl.zeros([STRIPS, CHANNELS], tl.float32) + load_vector(bias_ptr, c, in_channels)
     taps = ()
     if STRIDE_Y > 0:
         taps = load_taps(
             taps_ptr, scale_ptr, c, in_channels, channels, KERNEL_Y * KERNEL_X, FLIPPED
         )
 
+    bias = load_vector(bias_ptr, c, in_channels)
     zero = tl.zeros([STRIPS, CHANNELS], tl.float32)
     moments = (zero, zero, zero)
     row_blocks = tl.cdiv(out_height, rows)
     column_blocks = tl.cdiv(out_width, COLUMNS)
     tiles = tl.cdiv(batch * column_blocks, STRIPS)
-    if MOMENTS:
-        count = tl.minimum(items, tiles * row_blocks - program * items)
-    else:
-        count = 1
+    count = tl.minimum(items, tiles * row_blocks - program * items) if MOMENTS else 1
     for index in range(count):
         item = program * items + index
         first = item % row_blocks * rows  # row of the output
@@ -196,7 +193,7 @@ def _convolve_kernel(
 
         if STRIDE_Y == 0:
             for out_y in range(first, last):
-                total = start
+                total = zero
                 for i in range(KERNEL_Y):
                     y = out_y * stride_y + i * dilation_y - top
                     in_image = (y >= 0) & (y % between_y == 0)
@@ -233,6 +230,7 @@ def _convolve_kernel(
                         total += weight * value
                 state = _emit(
                     (total,),
+                    bias,
                     state,
                     moments[0] + each * (out_y - first),
                     each,
@@ -260,7 +258,7 @@ def _convolve_kernel(
             out_y = first + skipped - (DEPTH - 1)
             sums = ()
             for _ in tl.static_range(DEPTH * COLUMNS):
-                sums = sums + (start,)
+                sums = sums + (zero,)
             offset = (y * width).to(tl.int64) * channels
             readable = tl.where((y >= 0) & (y < height), width, 0)
             row = load_row(in_lanes + offset, x, readable, channels, INPUTS)
@@ -268,7 +266,7 @@ def _convolve_kernel(
             if z_ptr is not None:
                 z_row = load_row(z_lanes + offset, x, readable, channels, INPUTS)
             for _ in range(skipped, steps):
-                sums = _shift(sums, start, COLUMNS, DEPTH)
+                sums = _shift(sums, zero, COLUMNS, DEPTH)
                 for phase in tl.static_range(STRIDE_Y):
                     # The next row is on its way while this one is worked on.
                     values = operand_row(
@@ -308,6 +306,7 @@ def _convolve_kernel(
                 if out_y >= first:
                     state = _emit_oldest(
                         sums,
+                        bias,
                         state,
                         moments[0] + each * (out_y - first),
                         each,
@@ -324,10 +323,11 @@ def _convolve_kernel(
                     )
                 out_y += 1
             for y in range(out_y, last):  # rows whose windows see nothing but padding from here on
-                sums = _shift(sums, start, COLUMNS, DEPTH)
+                sums = _shift(sums, zero, COLUMNS, DEPTH)
                 if y >= first:
                     state = _emit_oldest(
                         sums,
+                        bias,
                         state,
                         moments[0] + each * (y - first),
                         each,
@@ -358,7 +358,7 @@ def _convolve_kernel(
                     z_loaded = z_loaded + (row,)
                 totals = ()
                 for _ in tl.static_range(COLUMNS):
-                    totals = totals + (start,)
+                    totals = totals + (zero,)
                 for i in tl.static_range(KERNEL_Y):
                     y = out_y * STRIDE_Y + i - top
                     values = operand_row(
@@ -384,6 +384,7 @@ def _convolve_kernel(
                     totals = added
                 state = _emit(
                     totals,
+                    bias,
                     state,
                     moments[0] + each * (out_y - first),
                     each,
@@ -431,11 +432,11 @@ def _merge(count, mean, squares, other_count, other_mean, other_squares):
 
 
 @triton.jit
-def _shift(sums, start, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
+def _shift(sums, zero, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
     """The sums of every row become those of the row before; a new row starts."""
     shifted = ()
     for _ in tl.static_range(COLUMNS):
-        shifted = shifted + (start,)
+        shifted = shifted + (zero,)
     for index in tl.static_range((DEPTH - 1) * COLUMNS):
         shifted = shifted + (sums[index],)
     return shifted
@@ -444,6 +445,7 @@ def _shift(sums, start, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
 @triton.jit
 def _emit_oldest(
     sums,
+    bias,
     state,
     count,
     each,
@@ -463,6 +465,7 @@ def _emit_oldest(
         totals = totals + (sums[(DEPTH - 1) * COLUMNS + s],)
     return _emit(
         totals,
+        bias,
         state,
         count,
         each,
@@ -481,6 +484,7 @@ def _emit_oldest(
 @triton.jit
 def _emit(
     totals,
+    bias,
     state,
     count,
     each,
@@ -506,7 +510,7 @@ def _emit(
     row_sum = tl.zeros_like(summed)
     for s in tl.static_range(COLUMNS):
         inside = is_inside(out_x + s, out_width)
-        value = activate(totals[s], ACTIVATION)
+        value = activate(totals[s] + bias, ACTIVATION)
         tl.store(lanes + s * channels, value, mask=inside)
         if MEANS != "none" or MOMENTS:
             row_sum += tl.where(inside, value, 0.0)
@@ -522,6 +526,9 @@ def _emit(
             row_squares += distance * distance
         _, mean, squares = _merge(count, mean, squares, each, row_mean, row_squares)
     return (summed, mean, squares)
+
+
+_PLAIN = Forward()
 
 
 class Convolved(NamedTuple):
@@ -555,7 +562,7 @@ def convolve(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-    operand: Forward = Forward(),
+    operand: Forward = _PLAIN,
     *,
     scale: Tensor | None = None,
     bias: Tensor | None = None,
@@ -603,7 +610,7 @@ def stencil(
     corner: Sequence[int],
     dilation: Sequence[int],
     size: Sequence[int],
-    operand: Forward | Gradient = Forward(),
+    operand: Forward | Gradient = _PLAIN,
     *,
     between: Sequence[int] = (1, 1),
     flipped: bool = False,

@@ -501,6 +501,9 @@ def _general_weight_gradient_kernel(
         tl.store(bias_ptr + program * channels + out_c, tl.sum(bias, 0), mask=out_c < channels)
 
 
+_PLAIN = Gradient()
+
+
 def input_gradient(
     upstream: Tensor,
     taps: Tensor,
@@ -509,7 +512,7 @@ def input_gradient(
     padding: Sequence[int],
     dilation: Sequence[int],
     size: Sequence[int],
-    gradient: Gradient = Gradient(),
+    gradient: Gradient = _PLAIN,
     scale: Tensor | None = None,
 ) -> Tensor:
     """The gradient of :func:`~effkernels.triton.depthwise_conv.convolve` for its (operand's) input.
@@ -590,7 +593,7 @@ def input_gradient(
             COLUMNS=config.columns,
             STRIPS=config.strips,
             CHANNELS=config.channels,
-            OPERAND="plain" if gradient == Gradient() else "gradient",
+            OPERAND="plain" if gradient == _PLAIN else "gradient",
             AFFINE=gradient.scale is not None,
             OPERAND_ACTIVATION=gradient.activation,
             GATED=gradient.gate is not None,
@@ -631,7 +634,7 @@ def weight_gradient(
     height, width = input.shape[2:]
     left, _, top, _ = padding
     vector = vector_width(upstream.dtype, channels)
-    seen = gradient if gradient != Gradient() else forward
+    seen = gradient if gradient != _PLAIN else forward
     problem = _problem(
         "weight_gradient", upstream, (up_height, up_width), kernel, stride, dilation, seen
     )
@@ -668,7 +671,7 @@ def weight_gradient(
             forward.gate,
         )
         operands = {
-            "OPERAND": "plain" if gradient == Gradient() else "gradient",
+            "OPERAND": "plain" if gradient == _PLAIN else "gradient",
             "AFFINE": gradient.scale is not None,
             "ACTIVATION": gradient.activation,
             "GATED": gradient.gate is not None,
