@@ -28,7 +28,7 @@ from . import conv_config, reduce
 from .conv_config import CUDNN, ConvConfig, ConvProblem
 from .conv_epilogue import _epilogue_kernel, _gradient_kernel
 from .conv_gemm import _conv_kernel, _stem_kernel
-from .launch import device_of, is_wide, launch, vector_width
+from .launch import device_of, is_wide, launch, product_precision, vector_width
 from .tune import choose
 
 
@@ -134,7 +134,6 @@ def _epilogue(
 def _forward(convolution: _Convolution, epilogue: _Epilogue) -> Tensor:
     input, weight = convolution.input, convolution.weight
     output = convolution.empty_output()
-    precision = "tf32" if torch.backends.cudnn.allow_tf32 else "tf32x3"
     left, right, top, bottom = convolution.padding
     problem = ConvProblem(
         batch=input.shape[0],
@@ -149,7 +148,7 @@ def _forward(convolution: _Convolution, epilogue: _Epilogue) -> Tensor:
         dilation="x".join(map(str, convolution.dilation)),
         symmetric=left == right and top == bottom,
         itemsize=input.element_size(),
-        precision=precision if input.dtype == torch.float32 else "tf32",
+        precision=product_precision(input.dtype),
         epilogue=not epilogue.is_empty(),
         residual=epilogue.residual is not None,
     )

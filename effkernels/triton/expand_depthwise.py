@@ -36,7 +36,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import empty_nhwc, output_size
-from .language import activate, dot, kernel
+from .language import activate, dot, kernel, rounded
 from .launch import device_of, launch, vector_width
 from .mbconv_config import FusedConfig
 
@@ -129,7 +129,7 @@ def _expand_depthwise_kernel(
             values = tl.where(inside[:, None], activate(accumulator, ACTIVATION), 0.0)
             tl.store(
                 scratch_ptr + pixel[:, None] * BLOCK_CHANNELS + channel[None, :],
-                values.to(scratch_ptr.dtype.element_ty),
+                rounded(values, scratch_ptr.dtype.element_ty),
                 mask=(pixel < seen)[:, None],
             )
         tl.debug_barrier()
@@ -165,7 +165,7 @@ def _expand_depthwise_kernel(
             offsets = ((first_row + row) * output_width + column)[:, None] * expanded + e[None, :]
             tl.store(
                 image_out_ptr + offsets,
-                result.to(output_ptr.dtype.element_ty),
+                rounded(result, output_ptr.dtype.element_ty),
                 mask=wanted[:, None] & here[None, :],
             )
             if partials_ptr is not None:

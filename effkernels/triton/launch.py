@@ -170,3 +170,10 @@ def vector_width(dtype: torch.dtype, *sizes: int) -> int:
 def is_wide(*tensors: Tensor | None) -> bool:
     """Whether offsets into these need 64 bits; those of a last block's idle end count, too."""
     return any(tensor is not None and tensor.numel() >= _INT32 - _IDLE_END for tensor in tensors)
+
+
+def product_precision(dtype: torch.dtype) -> str:
+    """What float32 operands of a product are multiplied in: as PyTorch's convolutions do it."""
+    if dtype == torch.float32 and not torch.backends.cudnn.allow_tf32:
+        return "tf32x3"
+    return "tf32"  # no other type looks at it

@@ -25,7 +25,7 @@ from . import pointwise_conv as pointwise
 from . import squeeze_excite as excite
 from .depthwise_conv import pack_taps
 from .expand_depthwise import expand_depthwise
-from .launch import device_of
+from .launch import device_of, product_precision
 from .mbconv_config import CHAIN, BlockProblem, FusedConfig, candidates, heuristic
 from .operands import Forward
 from .tune import choose
@@ -79,7 +79,7 @@ def block(
                 activation,
                 gated,
                 config,
-                pointwise.precision(input.dtype),
+                product_precision(input.dtype),
             )
         else:
             if expand_weight is not None:
@@ -92,7 +92,7 @@ def block(
                         activation=activation,
                     ).output
                 )
-            hidden, partial_means = depthwise.convolve_with_sums(
+            convolved = depthwise.convolve(
                 expanded,
                 taps,
                 kernel,
@@ -102,8 +102,9 @@ def block(
                 scale=depthwise_scale,
                 bias=depthwise_bias,
                 activation=activation,
-                sums=gated,
+                partial_means=gated,
             )
+            hidden, partial_means = convolved.output, convolved.partial_means
         gate = None
         if gated:
             pixels = hidden.shape[2] * hidden.shape[3]

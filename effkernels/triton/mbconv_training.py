@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ..layout import nhwc
 from . import depthwise_conv as depthwise
+from . import depthwise_conv_gradient as depthwise_gradient
 from . import pointwise_conv as pointwise
 from . import squeeze_excite as excite
 from .batch_norm_act_passes import Normalization, apply
@@ -99,7 +100,9 @@ def mbconv_training(
     operand, pooled = _after(normalization, activation), empty.clone()
     if se_reduce_weight is not None:
         pixels = hidden.shape[2] * hidden.shape[3]
-        pooled = totals(image_sums(hidden, normalization, activation)[0], 1 / pixels)
+        sums, _ = excite.pool(hidden, operand)
+        assert sums is not None
+        pooled = totals(sums, 1 / pixels)
         gate = excite.gate(
             pooled,
             1.0,
@@ -244,13 +247,15 @@ def mbconv_training_backward(
             values, operand = expanded, _after(norms[0], activation)
         geometry = (kernel, stride, padding, dilation)
         if needed[4]:
-            for_taps, _ = depthwise.weight_gradient(
+            for_taps, _ = depthwise_gradient.weight_gradient(
                 after_depthwise, gradient, values, operand, *geometry
             )
             results[4] = for_taps.t().reshape(depthwise_weight.shape)
         if before_depthwise:
             size = (values.shape[2], values.shape[3])
-            for_values = depthwise.input_gradient(after_depthwise, taps, *geometry, size, gradient)
+            for_values = depthwise_gradient.input_gradient(
+                after_depthwise, taps, *geometry, size, gradient
+            )
             if expand_weight is None:
                 results[0] = for_values + upstream if residual else for_values
                 return tuple(results)

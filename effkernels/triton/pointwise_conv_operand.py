@@ -10,29 +10,14 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .language import INTERPRETED, forward_operand, gradient_operand
+from .language import forward_operand, gradient_operand
 from .operands import Forward, Gradient
 
 _MOST_IMAGES = 4  # of a tile; beyond that vectors cost more than a gather
-
-
-@triton.jit
-def rounded(value, TYPE: tl.constexpr):
-    """``value`` in this type, rounded to the nearest.
-
-    So does the GPU by itself; Triton 3.8's interpreter cuts float32 off where bfloat16 ends, and
-    every product would come out a few thousandths too small.
-    """
-    if INTERPRETED and value.dtype == tl.float32 and TYPE.is_bf16():
-        bits = value.to(tl.uint32, bitcast=True)
-        up = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
-        value = tl.where(value == value, up, value)
-    return value.to(TYPE)
 
 
 @triton.jit
@@ -199,10 +184,3 @@ def images_of_a_tile(block_rows: int, pixels: int, images: int) -> int:
     most = 1 if pixels % block_rows == 0 else (block_rows - 2) // pixels + 2
     most = max(1, min(most, images))
     return 0 if most > _MOST_IMAGES else triton.next_power_of_2(most)
-
-
-def precision(dtype: torch.dtype) -> str:
-    """What float32 products are computed in: what PyTorch's own convolutions are."""
-    if dtype == torch.float32 and not torch.backends.cudnn.allow_tf32:
-        return "tf32x3"
-    return "tf32"  # no other type looks at it

@@ -38,8 +38,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reduce
-from .language import activate, dot, forward_operand, kernel, row_offsets
-from .launch import device_of, is_wide, launch, vector_width
+from .language import activate, dot, forward_operand, kernel, rounded, row_offsets
+from .launch import device_of, is_wide, launch, product_precision, vector_width
 from .operands import Forward, Gradient
 from .pointwise_conv_config import (
     FINISH_OUTPUTS,
@@ -55,8 +55,6 @@ from .pointwise_conv_operand import (
     load_operand,
     operand_of,
     per_image,
-    precision,
-    rounded,
 )
 from .tune import choose
 
@@ -604,7 +602,7 @@ def product(
             PROLOGUE=inner.prologue,
             IN_ACTIVATION=inner.activation,
             TRANSPOSED=transposed,
-            PRECISION=precision(matrix.dtype),
+            PRECISION=product_precision(matrix.dtype),
             STREAM=config.stream,
             IMAGES=images_of_a_tile(config.block_rows, pixels, images) if varies else 1,
             BLOCK_ROWS=config.block_rows,

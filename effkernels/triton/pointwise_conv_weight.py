@@ -23,8 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reduce
-from .language import dot, kernel, row_offsets
-from .launch import device_of, is_wide, launch, vector_width
+from .language import dot, kernel, rounded, row_offsets
+from .launch import device_of, is_wide, launch, product_precision, vector_width
 from .operands import Forward, Gradient
 from .pointwise_conv_config import (
     WeightConfig,
@@ -36,8 +36,6 @@ from .pointwise_conv_operand import (
     images_of_a_tile,
     load_operand,
     operand_of,
-    precision,
-    rounded,
 )
 from .tune import choose
 
@@ -278,7 +276,7 @@ def weight_gradient(
             ACTIVATION=outer.activation,
             IN_PROLOGUE=inner.prologue,
             IN_ACTIVATION=inner.activation,
-            PRECISION=precision(input.dtype),
+            PRECISION=product_precision(input.dtype),
             IMAGES=images_of_a_tile(config.block_rows, pixels, images) if varies else 1,
             BLOCK_OUTPUTS=config.block_outputs,
             BLOCK_CHANNELS=config.block_channels,

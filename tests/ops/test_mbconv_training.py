@@ -10,12 +10,12 @@ from tests.ops._blocks import NORMS, block_tensors, expected_running, run_block
 from tests.ops._cases import Case, Draw
 
 BLOCK = Case(
-    batch=2,
-    channels=8,
-    expanded=24,
-    outputs=8,
-    reduced=3,
-    size=(6, 7),
+    batch=3,
+    channels=16,
+    expanded=48,
+    outputs=16,
+    reduced=4,
+    size=(7, 6),
     kernel=3,
     stride=1,
     padding="same",
@@ -100,8 +100,8 @@ def test_running_statistics(case):
 def test_keep_drops_whole_images():
     tensors = block_tensors(BLOCK, Draw(3, torch.float64))
     plain = run_block(BLOCK, tensors) - tensors["input"]
-    kept = run_block(BLOCK, tensors | {"keep": torch.tensor([0.0, 2.0])}) - tensors["input"]
-    torch.testing.assert_close(kept, plain * torch.tensor([0.0, 2.0]).view(2, 1, 1, 1))
+    kept = run_block(BLOCK, tensors | {"keep": torch.tensor([0.0, 2.0, 0.5])}) - tensors["input"]
+    torch.testing.assert_close(kept, plain * torch.tensor([0.0, 2.0, 0.5]).view(3, 1, 1, 1))
 
 
 def test_opcheck():

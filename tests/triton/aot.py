@@ -162,9 +162,18 @@ def broken_promises(
         r"st\.global\S*\.v4\.b32|st\.global\S*\.v2\.b64|cp\.async\.bulk", ptx
     ):
         wrong.append("no store of 16 bytes")
+    narrowest = min(load_widths(ptx), default=promise.narrowest_load)
+    if narrowest < promise.narrowest_load:
+        wrong.append(f"a load of {narrowest} bytes, {promise.narrowest_load} are promised")
     if promise.tensor_cores and not re.search(r"\bmma\.sync|wgmma\.mma_async|tcgen05\.mma", ptx):
         wrong.append("no tensor-core instruction")
     return wrong
+
+
+def load_widths(ptx: str) -> set[int]:
+    """Bytes that a thread takes at a time, by every kind of load from global memory."""
+    loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)\s", ptx)
+    return {int(count or 1) * int(bits) // 8 for count, bits in loads}
 
 
 def describe(launch: Launch) -> str:
@@ -172,7 +181,8 @@ def describe(launch: Launch) -> str:
     types = ", ".join(kind for _, kind in launch.signature if kind.startswith("*"))
     return (
         f"{launch.kernel.fn.__name__}({types}; {constants}) "
-        f"warps={launch.num_warps} stages={launch.num_stages}"
+        f"warps={launch.num_warps} stages={launch.num_stages} "
+        f"registers={launch.max_registers}"
     )
 
 

@@ -1,0 +1,808 @@
+"""Depthwise convolution: a k×k window over each channel by itself.
+
+    output[n, c, y, x] = activation(bias[c] + scale[c] · Σ_ij taps[i, j, c] ·
+                                    operand(input)[n, c, y·s + i·d - top, x·s + j·d - left])
+
+Layout: input and output NHWC, taps [kh · kw, C]. ``operand`` is what `operands.Forward` makes of
+the input while it is loaded, zero outside the image; here the gradient for the input of an
+unstrided convolution is the same kernel with flipped taps and an `operands.Gradient`. Besides the
+output come, if asked, the sums that its spatial mean and its batch statistics are made of.
+
+Moves: input and output, once. B0's 5x5 with 672 channels and 14x14 pixels, batch 256, bfloat16:
+135 MB, 45 µs on an H100 (3.0 TB/s). It also takes 0.84e9 multiply-adds, 29 µs at 128 a clock and
+processor (1.7 GHz), so a 5x5 has no instructions to waste; a 3x3 (144 channels, 56x56: 462 MB,
+154 µs, of which 36 µs are arithmetic) has.
+
+Idea: the window lives in registers, and the program text is the stencil. A thread has 2 or 4
+channels of a strip of 4 or 7 neighbouring columns; each column is a tensor of its own, so that the
+window moves sideways by naming another one. A program walks down the rows: every row of the input
+is loaded, converted and passed through the prologue once, (columns + k - 1) / columns times an
+element, and added to the k output rows (k / 2 where the stride is 2) that it belongs to; one of
+them is then done. An activation costs two trips to the special function unit, which makes 16 a
+clock; k² of them an element, as in a kernel that loads its window for every output, would take
+three times (3x3) to eight times (5x5) as long as the memory. Here it is 1.5 and 2 an element. The
+next row is under way while one is worked on. All strips of a program are on the same rows, so
+that rows of padding are skipped by one comparison and addresses of rows are scalars.
+
+Counted in the compiler's output (sm_90, bfloat16), instructions of the loop for an output: 5x5, 4
+columns, SiLU and mean: 53 (25 of them multiply-adds, 11 the SiLU); 5x5 and 7 columns: 49. Moving
+the sums down a row costs nothing: each row's first multiply-add reads the register of the row
+before and writes its own.
+
+A grid that cannot fill the device (batch 1) takes a row at a time and loads its whole window at
+once; latency counts there. Kernels larger than 7, strides above 2 and dilations take a general
+loop in the same kernel, with nothing kept.
+
+Tried and lost, by the compiler's output (no GPU has run this):
+
+- 16-byte loads of 2-byte types (8 channels a thread): the taps of a 3x3 alone are 72 registers,
+  those of a 5x5 do not fit, and reading them again for each row costs what the width saves. With 4
+  or 8 bytes a thread a warp still reads 128 or 256 neighbouring bytes.
+- 4 channels with a prologue or statistics (3x3): 244 registers, 8 warps. 2 channels: 128, 16.
+- Leaving out rows of padding by a branch around the multiply-adds: a move for each sum.
+- Offsets of 64 bits a column and masks of three comparisons: 216 registers instead of 168, twice
+  the time to compile.
+- The count of values, for the statistics, as a loop's own variable: nothing ties it to a layout,
+  and it went through shared memory every row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..cache import cached
+from ..layout import empty_nhwc, nhwc, output_size
+from . import reduce
+from .depthwise_conv_config import DepthwiseConfig, DepthwiseProblem, candidates, heuristic
+from .depthwise_conv_window import (
+    is_inside,
+    load_row,
+    load_taps,
+    load_vector,
+    operand,
+    operand_row,
+    operand_vectors,
+)
+from .language import activate, kernel
+from .launch import device_of, launch, vector_width
+from .operands import Forward, Gradient
+from .tune import choose
+
+
+@kernel
+def _convolve_kernel(
+    output_ptr,
+    means_ptr,
+    counts_ptr,
+    moments_ptr,
+    input_ptr,
+    z_ptr,
+    taps_ptr,
+    scale_ptr,
+    bias_ptr,
+    operand_scale_ptr,
+    operand_shift_ptr,
+    gate_ptr,
+    offset_ptr,
+    factor_ptr,
+    slope_ptr,
+    constant_ptr,
+    batch,
+    height,
+    width,
+    out_height,
+    out_width,
+    channel_vectors,
+    top,
+    left,
+    stride_y,
+    stride_x,
+    dilation_y,
+    dilation_x,
+    between_y,
+    between_x,
+    rows,
+    items,
+    VECTOR: tl.constexpr,
+    KERNEL_Y: tl.constexpr,
+    KERNEL_X: tl.constexpr,
+    STRIDE_Y: tl.constexpr,  # 0: not known, the general kernel
+    STRIDE_X: tl.constexpr,
+    FLIPPED: tl.constexpr,
+    STREAMED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STRIPS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    OPERAND: tl.constexpr,
+    AFFINE: tl.constexpr,
+    OPERAND_ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    OFFSET: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    MEANS: tl.constexpr,  # "none", "tile" or "strip": whose sums are written
+    MOMENTS: tl.constexpr,
+):
+    channels = channel_vectors * VECTOR
+    channel_blocks = tl.cdiv(channels, CHANNELS)
+    # Neighbours in the grid share pixels, then halos.
+    program = tl.program_id(0) // channel_blocks
+    first_c = tl.program_id(0) % channel_blocks * CHANNELS
+    # Vectors over channels are spread over the tile as they are loaded: every thread reads its own.
+    c = tl.zeros([STRIPS, 1], tl.int32) + (first_c + tl.arange(0, CHANNELS))[None, :]
+    in_channels = c < channels
+
+    taps = ()
+    if STRIDE_Y > 0:
+        taps = load_taps(
+            taps_ptr, scale_ptr, c, in_channels, channels, KERNEL_Y * KERNEL_X, FLIPPED
+        )
+
+    bias = load_vector(bias_ptr, c, in_channels)
+    zero = tl.zeros([STRIPS, CHANNELS], tl.float32)
+    moments = (zero, zero, zero)
+    row_blocks = tl.cdiv(out_height, rows)
+    column_blocks = tl.cdiv(out_width, COLUMNS)
+    tiles = tl.cdiv(batch * column_blocks, STRIPS)
+    count = tl.minimum(items, tiles * row_blocks - program * items) if MOMENTS else 1
+    for index in range(count):
+        item = program * items + index
+        first = item % row_blocks * rows  # row of the output
+        last = tl.minimum(first + rows, out_height)
+        tile = item // row_blocks
+        lane = tile * STRIPS + tl.arange(0, STRIPS)
+        image = lane // column_blocks
+        out_x = lane % column_blocks * COLUMNS
+        in_tile = (image < batch)[:, None] & in_channels
+        vectors = operand_vectors(
+            operand_scale_ptr,
+            operand_shift_ptr,
+            gate_ptr,
+            offset_ptr,
+            factor_ptr,
+            slope_ptr,
+            constant_ptr,
+            c,
+            image[:, None] * channels + c,
+            in_tile,
+        )
+        # Pointers to the first column of row 0 of each strip. Offsets of images and rows are
+        # 64 bits wide, those inside a row are not.
+        images = image.to(tl.int64)[:, None] * channels
+        out_lanes = output_ptr + (images * (out_height * out_width) + c)
+        out_lanes += (out_x * channels)[:, None]
+        in_lanes = input_ptr + (images * (height * width) + c)
+        z_lanes = in_lanes
+        if z_ptr is not None:
+            z_lanes = z_ptr + (images * (height * width) + c)
+        x = out_x * stride_x - left
+        if STRIDE_Y > 0:
+            in_lanes += (x * channels)[:, None]
+            z_lanes += (x * channels)[:, None]
+        x = tl.where(in_tile, x[:, None], -(2**30))
+        out_x = tl.where(in_tile, out_x[:, None], 2**30)
+        state = (zero, moments[1], moments[2])
+        # How many values each row of the strips adds, for MOMENTS.
+        each = tl.minimum(tl.maximum(out_width - out_x, 0), COLUMNS).to(tl.float32)
+
+        if STRIDE_Y == 0:
+            for out_y in range(first, last):
+                total = zero
+                for i in range(KERNEL_Y):
+                    y = out_y * stride_y + i * dilation_y - top
+                    in_image = (y >= 0) & (y % between_y == 0)
+                    y = y // between_y
+                    in_image = in_image & (y < height)
+                    row = (y * width).to(tl.int64) * channels
+                    for j in range(KERNEL_X):
+                        at = x + j * dilation_x
+                        inside = in_image & (at >= 0) & (at % between_x == 0)
+                        at = at // between_x
+                        inside = inside & (at < width)
+                        value = tl.load(in_lanes + row + at * channels, mask=inside, other=0.0)
+                        z = value
+                        if z_ptr is not None:
+                            z = tl.load(z_lanes + row + at * channels, mask=inside, other=0.0)
+                        value = operand(
+                            value,
+                            z,
+                            vectors,
+                            inside,
+                            OPERAND,
+                            AFFINE,
+                            OPERAND_ACTIVATION,
+                            GATED,
+                            OFFSET,
+                            NORMALIZED,
+                        )
+                        tap = i * KERNEL_X + j
+                        if FLIPPED:
+                            tap = KERNEL_Y * KERNEL_X - 1 - tap
+                        weight = load_vector(taps_ptr + tap * channels, c, in_channels)
+                        if scale_ptr is not None:
+                            weight *= load_vector(scale_ptr, c, in_channels)
+                        total += weight * value
+                state = _emit(
+                    (total,),
+                    bias,
+                    state,
+                    moments[0] + each * (out_y - first),
+                    each,
+                    out_lanes,
+                    out_y,
+                    out_x,
+                    out_width,
+                    channels,
+                    COLUMNS,
+                    ACTIVATION,
+                    MEANS,
+                    MOMENTS,
+                )
+        elif STREAMED:
+            INPUTS: tl.constexpr = (COLUMNS - 1) * STRIDE_X + KERNEL_X
+            DEPTH: tl.constexpr = (KERNEL_Y + STRIDE_Y - 1) // STRIDE_Y
+            # A step takes the next STRIDE_Y rows of the input and finishes an output row. Steps
+            # whose rows are all padding are left out.
+            y = first * STRIDE_Y - top
+            skipped = tl.minimum(tl.maximum(-y, 0) // STRIDE_Y, last - first + DEPTH - 1)
+            steps = tl.minimum(
+                last - first + DEPTH - 1, tl.maximum(tl.cdiv(height - y, STRIDE_Y), skipped)
+            )
+            y += skipped * STRIDE_Y
+            out_y = first + skipped - (DEPTH - 1)
+            sums = ()
+            for _ in tl.static_range(DEPTH * COLUMNS):
+                sums = sums + (zero,)
+            offset = (y * width).to(tl.int64) * channels
+            readable = tl.where((y >= 0) & (y < height), width, 0)
+            row = load_row(in_lanes + offset, x, readable, channels, INPUTS)
+            z_row = row
+            if z_ptr is not None:
+                z_row = load_row(z_lanes + offset, x, readable, channels, INPUTS)
+            for _ in range(skipped, steps):
+                sums = _shift(sums, zero, COLUMNS, DEPTH)
+                for phase in tl.static_range(STRIDE_Y):
+                    # The next row is on its way while this one is worked on.
+                    values = operand_row(
+                        row,
+                        z_row,
+                        vectors,
+                        x,
+                        readable,
+                        INPUTS,
+                        OPERAND,
+                        AFFINE,
+                        OPERAND_ACTIVATION,
+                        GATED,
+                        OFFSET,
+                        NORMALIZED,
+                    )
+                    y += 1
+                    offset = (y * width).to(tl.int64) * channels
+                    readable = tl.where((y >= 0) & (y < height), width, 0)
+                    row = load_row(in_lanes + offset, x, readable, channels, INPUTS)
+                    z_row = row
+                    if z_ptr is not None:
+                        z_row = load_row(z_lanes + offset, x, readable, channels, INPUTS)
+                    # From the oldest on: each sum takes the place that the one before it left.
+                    added = ()
+                    for d in tl.static_range(DEPTH - 1, -1, -1):
+                        part = ()
+                        for s in tl.static_range(COLUMNS):
+                            total = sums[d * COLUMNS + s]
+                            if STRIDE_Y * d + phase < KERNEL_Y:
+                                for j in tl.static_range(KERNEL_X):
+                                    tap = taps[(STRIDE_Y * d + phase) * KERNEL_X + j]
+                                    total += tap * values[s * STRIDE_X + j]
+                            part = part + (total,)
+                        added = part + added
+                    sums = added
+                if out_y >= first:
+                    state = _emit_oldest(
+                        sums,
+                        bias,
+                        state,
+                        moments[0] + each * (out_y - first),
+                        each,
+                        out_lanes,
+                        out_y,
+                        out_x,
+                        out_width,
+                        channels,
+                        COLUMNS,
+                        DEPTH,
+                        ACTIVATION,
+                        MEANS,
+                        MOMENTS,
+                    )
+                out_y += 1
+            for y in range(out_y, last):  # rows whose windows see nothing but padding from here on
+                sums = _shift(sums, zero, COLUMNS, DEPTH)
+                if y >= first:
+                    state = _emit_oldest(
+                        sums,
+                        bias,
+                        state,
+                        moments[0] + each * (y - first),
+                        each,
+                        out_lanes,
+                        y,
+                        out_x,
+                        out_width,
+                        channels,
+                        COLUMNS,
+                        DEPTH,
+                        ACTIVATION,
+                        MEANS,
+                        MOMENTS,
+                    )
+        else:
+            INPUTS: tl.constexpr = (COLUMNS - 1) * STRIDE_X + KERNEL_X
+            for out_y in range(first, last):
+                loaded = ()
+                z_loaded = ()
+                for i in tl.static_range(KERNEL_Y):
+                    y = out_y * STRIDE_Y + i - top
+                    offset = (y * width).to(tl.int64) * channels
+                    readable = tl.where((y >= 0) & (y < height), width, 0)
+                    row = load_row(in_lanes + offset, x, readable, channels, INPUTS)
+                    loaded = loaded + (row,)
+                    if z_ptr is not None:
+                        row = load_row(z_lanes + offset, x, readable, channels, INPUTS)
+                    z_loaded = z_loaded + (row,)
+                totals = ()
+                for _ in tl.static_range(COLUMNS):
+                    totals = totals + (zero,)
+                for i in tl.static_range(KERNEL_Y):
+                    y = out_y * STRIDE_Y + i - top
+                    values = operand_row(
+                        loaded[i],
+                        z_loaded[i],
+                        vectors,
+                        x,
+                        tl.where((y >= 0) & (y < height), width, 0),
+                        INPUTS,
+                        OPERAND,
+                        AFFINE,
+                        OPERAND_ACTIVATION,
+                        GATED,
+                        OFFSET,
+                        NORMALIZED,
+                    )
+                    added = ()
+                    for s in tl.static_range(COLUMNS):
+                        total = totals[s]
+                        for j in tl.static_range(KERNEL_X):
+                            total += taps[i * KERNEL_X + j] * values[s * STRIDE_X + j]
+                        added = added + (total,)
+                    totals = added
+                state = _emit(
+                    totals,
+                    bias,
+                    state,
+                    moments[0] + each * (out_y - first),
+                    each,
+                    out_lanes,
+                    out_y,
+                    out_x,
+                    out_width,
+                    channels,
+                    COLUMNS,
+                    ACTIVATION,
+                    MEANS,
+                    MOMENTS,
+                )
+
+        if MEANS == "tile":  # all strips are of one image
+            tiles_per_image = tl.cdiv(column_blocks, STRIPS)
+            at = (tile // tiles_per_image).to(tl.int64) * (tiles_per_image * row_blocks)
+            at += tile % tiles_per_image * row_blocks + item % row_blocks
+            out_c = first_c + tl.arange(0, CHANNELS)
+            tl.store(means_ptr + at * channels + out_c, tl.sum(state[0], 0), mask=out_c < channels)
+        elif MEANS == "strip":
+            at = lane.to(tl.int64) * row_blocks + item % row_blocks
+            tl.store(means_ptr + at[:, None] * channels + c, state[0], mask=in_tile)
+        moments = (moments[0] + each * (last - first), state[1], state[2])
+
+    if MOMENTS:
+        counted, mean, squares = tl.reduce(moments, 0, _merge)
+        total = counted * mean
+        out_c = first_c + tl.arange(0, CHANNELS)
+        at = program * 2 * channels + out_c
+        tl.store(moments_ptr + at, total, mask=out_c < channels)
+        tl.store(moments_ptr + at + channels, squares, mask=out_c < channels)
+        if first_c == 0:
+            tl.store(counts_ptr + program, tl.max(counted, 0))
+
+
+@triton.jit
+def _merge(count, mean, squares, other_count, other_mean, other_squares):
+    """Count, mean and Σ (value − mean)² of two blocks together (Chan, Golub and LeVeque)."""
+    total = count + other_count
+    share = other_count / tl.maximum(total, 1.0)
+    distance = other_mean - mean
+    squares += other_squares + distance * distance * count * share
+    return total, mean + distance * share, squares
+
+
+@triton.jit
+def _shift(sums, zero, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
+    """The sums of every row become those of the row before; a new row starts."""
+    shifted = ()
+    for _ in tl.static_range(COLUMNS):
+        shifted = shifted + (zero,)
+    for index in tl.static_range((DEPTH - 1) * COLUMNS):
+        shifted = shifted + (sums[index],)
+    return shifted
+
+
+@triton.jit
+def _emit_oldest(
+    sums,
+    bias,
+    state,
+    count,
+    each,
+    out_lanes,
+    out_y,
+    out_x,
+    out_width,
+    channels,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    MEANS: tl.constexpr,
+    MOMENTS: tl.constexpr,
+):
+    totals = ()
+    for s in tl.static_range(COLUMNS):
+        totals = totals + (sums[(DEPTH - 1) * COLUMNS + s],)
+    return _emit(
+        totals,
+        bias,
+        state,
+        count,
+        each,
+        out_lanes,
+        out_y,
+        out_x,
+        out_width,
+        channels,
+        COLUMNS,
+        ACTIVATION,
+        MEANS,
+        MOMENTS,
+    )
+
+
+@triton.jit
+def _emit(
+    totals,
+    bias,
+    state,
+    count,
+    each,
+    out_lanes,
+    out_y,
+    out_x,
+    out_width,
+    channels,
+    COLUMNS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    MEANS: tl.constexpr,
+    MOMENTS: tl.constexpr,
+):
+    """Store a row of the strips; ``state`` (sum, mean, Σ (value − mean)²) grows by it.
+
+    The mean is one of ``count`` values so far, to which each strip adds ``each``.
+    """
+    summed = state[0]
+    mean = state[1]
+    squares = state[2]
+    lanes = out_lanes + (out_y * out_width).to(tl.int64) * channels
+    values = ()
+    row_sum = tl.zeros_like(summed)
+    for s in tl.static_range(COLUMNS):
+        inside = is_inside(out_x + s, out_width)
+        value = activate(totals[s] + bias, ACTIVATION)
+        tl.store(lanes + s * channels, value, mask=inside)
+        if MEANS != "none" or MOMENTS:
+            row_sum += tl.where(inside, value, 0.0)
+        values = values + (value,)
+    if MEANS != "none":
+        summed += row_sum
+    if MOMENTS:
+        # Row by row, so that nothing is lost to cancellation.
+        row_mean = row_sum / tl.maximum(each, 1.0)
+        row_squares = tl.zeros_like(summed)
+        for s in tl.static_range(COLUMNS):
+            distance = tl.where(is_inside(out_x + s, out_width), values[s] - row_mean, 0.0)
+            row_squares += distance * distance
+        _, mean, squares = _merge(count, mean, squares, each, row_mean, row_squares)
+    return (summed, mean, squares)
+
+
+_PLAIN = Forward()
+
+
+class Convolved(NamedTuple):
+    """What :func:`convolve` gives."""
+
+    output: Tensor  # [N, C, H', W'] channels_last
+    mean: Tensor | None  # [N, C] float32: the spatial mean of the output
+    moments: tuple[Tensor, Tensor] | None  # [C] float32 each: mean and biased variance of it
+    partial_means: Tensor | None  # [N, blocks, C] float32: sums whose sum is that over pixels
+
+
+def pack_taps(weight: Tensor) -> Tensor:
+    """[C, 1, kh, kw] -> [kh · kw, C], dense: a view where memory is in that order already."""
+    view = weight.detach().flatten(1).t()
+    if view.is_contiguous() or weight.device.type == "meta":
+        return view.contiguous()
+    return cached("depthwise_taps", (weight,), view.contiguous)
+
+
+def convolve(
+    input: Tensor,
+    taps: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    operand: Forward = _PLAIN,
+    *,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    mean: bool = False,
+    partial_means: bool = False,
+    moments: bool = False,
+) -> Convolved:
+    """activation(scale · (taps ∗ operand(input)) + bias), each channel by itself.
+
+    Args:
+        input: [N, C, H, W].
+        taps: [kh · kw, C], see :func:`pack_taps`.
+        kernel: (kh, kw).
+        padding: (left, right, top, bottom), zeros beside ``operand``'s result.
+        operand: what the convolution sees of ``input``.
+        mean: also the spatial mean of the output.
+        partial_means: also the sums that it is made of, as they leave the kernel.
+        moments: also the mean and variance of the output over N, H' and W'.
+    """
+    height, width = output_size(input.shape[2:], kernel, stride, padding, dilation)
+    return stencil(
+        nhwc(input),
+        taps,
+        kernel,
+        stride,
+        (padding[2], padding[0]),
+        dilation,
+        (height, width),
+        operand,
+        scale=scale,
+        bias=bias,
+        activation=activation,
+        mean=mean,
+        partial_means=partial_means,
+        moments=moments,
+    )
+
+
+def stencil(
+    input: Tensor,
+    taps: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    corner: Sequence[int],
+    dilation: Sequence[int],
+    size: Sequence[int],
+    operand: Forward | Gradient = _PLAIN,
+    *,
+    between: Sequence[int] = (1, 1),
+    flipped: bool = False,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    mean: bool = False,
+    partial_means: bool = False,
+    moments: bool = False,
+) -> Convolved:
+    """:func:`convolve` for outputs of any ``size``, and what its gradient for the input needs.
+
+    Args:
+        corner: (top, left): the first output's window starts so far outside the input.
+        between: the input is seen with ``between - 1`` zeros between its pixels.
+        flipped: the taps are taken in reverse order.
+    """
+    batch, channels = input.shape[:2]
+    height, width = size
+    output = empty_nhwc(input, channels, height, width)
+    vector = vector_width(input.dtype, channels)
+    kind = "gradient" if isinstance(operand, Gradient) else "forward"
+    if operand == type(operand)():
+        kind = "plain"
+    gradient = operand if isinstance(operand, Gradient) else Gradient()
+    problem = DepthwiseProblem(
+        "forward",
+        batch,
+        channels,
+        height,
+        width,
+        (kernel[0], kernel[1]),
+        (stride[0], stride[1]),
+        (dilation[0], dilation[1]) if tuple(between) == (1, 1) else (0, 0),
+        input.element_size(),
+        kind,
+        moments,
+    )
+
+    def run(config: DepthwiseConfig) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        column_blocks = triton.cdiv(width, config.columns)
+        row_blocks = triton.cdiv(height, config.rows)
+        items = triton.cdiv(batch * column_blocks, config.strips) * row_blocks
+        programs = triton.cdiv(items, config.items)
+        sums = counts = partials = None
+        by_tile = batch == 1 or column_blocks % config.strips == 0
+        if mean or partial_means:
+            blocks = triton.cdiv(column_blocks, config.strips) if by_tile else column_blocks
+            sums = _float32(input, batch, blocks * row_blocks, channels)
+        if moments:
+            counts = _float32(input, programs)
+            partials = _float32(input, programs, 2, channels)
+        launch(
+            _convolve_kernel,
+            (programs * triton.cdiv(channels, config.channels),),
+            output,
+            sums,
+            counts,
+            partials,
+            input,
+            gradient.z if kind == "gradient" else None,
+            taps,
+            scale,
+            bias,
+            operand.scale,
+            operand.shift,
+            operand.gate,
+            gradient.offset,
+            gradient.factor,
+            gradient.slope,
+            gradient.constant,
+            batch,
+            *input.shape[2:],
+            height,
+            width,
+            channels // vector,
+            *corner,
+            *stride,
+            *dilation,
+            *between,
+            config.rows,
+            config.items,
+            num_warps=config.num_warps,
+            max_registers=config.registers,
+            VECTOR=vector,
+            KERNEL_Y=kernel[0],
+            KERNEL_X=kernel[1],
+            STRIDE_Y=stride[0] if problem.is_tuned else 0,
+            STRIDE_X=stride[1] if problem.is_tuned else 0,
+            FLIPPED=flipped,
+            STREAMED=config.streamed,
+            COLUMNS=config.columns,
+            STRIPS=config.strips,
+            CHANNELS=config.channels,
+            OPERAND=kind,
+            AFFINE=operand.scale is not None,
+            OPERAND_ACTIVATION=operand.activation,
+            GATED=operand.gate is not None,
+            OFFSET=gradient.offset is not None,
+            NORMALIZED=gradient.factor is not None,
+            ACTIVATION=activation,
+            MEANS="none" if sums is None else "tile" if by_tile else "strip",
+            MOMENTS=moments,
+        )
+        return sums, counts, partials
+
+    config = choose("depthwise_conv", problem, device_of(input), heuristic, candidates, run)
+    sums, counts, partials = run(config)
+    pixels = height * width
+    return Convolved(
+        output,
+        reduce.totals(sums, 1 / pixels) if mean else None,
+        reduce.moments(counts, partials, batch * pixels) if moments else None,
+        sums if partial_means else None,
+    )
+
+
+def _float32(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def depthwise_conv(
+    input: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    activation: str,
+    return_mean: bool,
+) -> tuple[Tensor, Tensor]:
+    """The op ``depthwise_conv``."""
+    convolved = convolve(
+        input,
+        pack_taps(weight),
+        weight.shape[2:],
+        stride,
+        padding,
+        dilation,
+        scale=scale,
+        bias=bias,
+        activation=activation,
+        mean=return_mean,
+    )
+    if convolved.mean is None:
+        return convolved.output, input.new_empty(0)
+    return convolved.output, convolved.mean.to(input.dtype)
+
+
+def depthwise_conv_backward(
+    arguments: list[Any],
+    needed: list[bool],
+    saved: tuple[Tensor, ...],
+    gradients: tuple[Tensor | None, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of :func:`depthwise_conv` for input, weight, scale and bias."""
+    from .depthwise_conv_gradient import input_gradient, weight_gradient
+
+    input, weight, scale, bias, stride, padding, dilation, activation, _ = arguments
+    upstream, mean_gradient = gradients
+    results: list[Tensor | None] = [None] * len(arguments)
+    if (upstream is None and mean_gradient is None) or not any(needed):
+        return tuple(results)
+    kernel = weight.shape[2:]
+    height, width = output_size(input.shape[2:], kernel, stride, padding, dilation)
+    if upstream is None:  # only the mean was used
+        upstream = empty_nhwc(input, input.shape[1], height, width).zero_()
+    input, taps = nhwc(input), pack_taps(weight)
+    gradient = Gradient()
+    if mean_gradient is not None:
+        gradient = gradient._replace(offset=mean_gradient.float() / (height * width))
+    if activation != "none":
+        before = convolve(input, taps, kernel, stride, padding, dilation, scale=scale, bias=bias)
+        gradient = gradient._replace(z=before.output, activation=activation)
+    if needed[0]:
+        results[0] = input_gradient(
+            upstream, taps, kernel, stride, padding, dilation, input.shape[2:], gradient, scale
+        )
+    if needed[1] or needed[2]:
+        for_taps, results[3] = weight_gradient(
+            upstream,
+            gradient,
+            input,
+            Forward(),
+            kernel,
+            stride,
+            padding,
+            dilation,
+            bias=needed[3],
+        )
+        if needed[1]:
+            for_weight = for_taps if scale is None else for_taps * scale
+            results[1] = for_weight.t().reshape(weight.shape)
+        if needed[2]:
+            results[2] = (for_taps * taps).sum(0)
+    elif needed[3]:  # a sum over pixels: the bias of a 1x1 convolution
+        one, none = (1, 1), (0, 0, 0, 0)
+        _, results[3] = weight_gradient(
+            upstream, gradient, upstream, Forward(), one, one, none, one, bias=True
+        )
+    return tuple(results)
