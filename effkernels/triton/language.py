@@ -77,6 +77,14 @@ def slope(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """``x`` as ``dtype``, to the nearest; Triton 3.8's interpreter cuts off bfloat16 otherwise."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        x = x.to(dtype, fp_downcast_rounding="rtne")
+    return x.to(dtype)
+
+
+@triton.jit
 def dot(a, b, accumulator, PRECISION: tl.constexpr):
     """accumulator + a · b; PRECISION is what float32 operands are multiplied in.
 
