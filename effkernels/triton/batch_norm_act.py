@@ -52,7 +52,7 @@ from .batch_norm_act_sums import (
     store_gradient_vectors,
     sum_problem,
 )
-from .language import activate, kernel, slope
+from .language import activate, kernel, rounded, slope
 from .launch import launch
 from .operands import Gradient
 
@@ -107,7 +107,8 @@ def _small_kernel(
         x = normalized(x, mean, scale, bias_ptr, c, inside)
         if residual_ptr is not None:
             x += tl.load(residual_ptr + offsets, mask=mask).to(tl.float32)
-        tl.store(output_ptr + offsets, activate(x, ACTIVATION), mask=mask)
+        x = rounded(activate(x, ACTIVATION), output_ptr.dtype.element_ty)
+        tl.store(output_ptr + offsets, x, mask=mask)
 
 
 @kernel
@@ -194,11 +195,13 @@ def _small_backward_kernel(
                 before += tl.load(residual_ptr + offsets, mask=mask).to(tl.float32)
             t *= slope(before, ACTIVATION)
         if residual_output_ptr is not None:
-            tl.store(residual_output_ptr + offsets, t, mask=mask)
+            kept = rounded(t, residual_output_ptr.dtype.element_ty)
+            tl.store(residual_output_ptr + offsets, kept, mask=mask)
         if output_ptr is not None:
             t = t * factor[None, :]
             if TRAINING:
                 t += x * gradient_slope[None, :] + constant[None, :]
+            t = rounded(t, output_ptr.dtype.element_ty)
             tl.store(output_ptr + offsets, t, mask=mask)
 
 

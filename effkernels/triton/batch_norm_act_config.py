@@ -109,7 +109,7 @@ def _sum(problem: SumProblem, device: Device, num_warps: int, waves: int = 1) ->
     channels = chunk(problem.channels)
     rows = max(num_warps * 32 * problem.vector // channels, 1)
     chunks = max(-(-problem.channels // channels), 1) * max(problem.images, 1)
-    resident = device.processors * (32 if problem.inputs == 1 else 16) // num_warps
+    resident = device.processors * (24 if problem.inputs == 1 else 16) // num_warps
     blocks = max(resident * waves // chunks, 1)
     blocks = min(blocks, max(-(-problem.rows // (unroll * rows)), 1))
     return SumConfig(blocks, unroll, rows, channels, num_warps)
@@ -133,9 +133,12 @@ def promise(launch: Launch) -> Promise:
     name = launch.kernel.fn.__name__
     if "VECTOR" not in constants:  # over a few vectors of C values
         return Promise(warps=32)
-    warps = {"_apply_kernel": 28, "_statistics_kernel": 32, "_differentiate_kernel": 24}.get(
-        name, 16
-    )
+    warps = {
+        "_apply_kernel": 28,
+        "_statistics_kernel": 24,
+        "_differentiate_kernel": 24,
+        "_small_backward_kernel": 8,  # one program or two on a processor is all there is
+    }.get(name, 16)
     if name == "_sums_kernel" and constants.get("gate_ptr", "given") == "given":
         warps = 12  # 44 KB, for the gate and the offset take two loads more
     vectored = is_vectored(launch)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..layout import empty_nhwc
 from .batch_norm_act_config import PassConfig, PassProblem, pass_candidates, pass_heuristic
-from .language import activate, forward_operand, kernel, slope
+from .language import activate, forward_operand, kernel, rounded, slope
 from .launch import device_of, launch, vector_width
 from .operands import Forward, Gradient
 from .tune import choose
@@ -128,7 +128,8 @@ def _apply_kernel(
         )
     if residual_ptr is not None:
         x += residual
-    tl.store(output_ptr + start + offsets, activate(x, ACTIVATION), mask=mask)
+    x = rounded(activate(x, ACTIVATION), output_ptr.dtype.element_ty)
+    tl.store(output_ptr + start + offsets, x, mask=mask)
 
 
 @kernel
@@ -197,7 +198,8 @@ def _differentiate_kernel(
             before += tl.load(residual_ptr + start + offsets, mask=mask).to(tl.float32)
         t *= slope(before, ACTIVATION)
     if residual_output_ptr is not None:
-        tl.store(residual_output_ptr + start + offsets, t, mask=mask)
+        kept = rounded(t, residual_output_ptr.dtype.element_ty)
+        tl.store(residual_output_ptr + start + offsets, kept, mask=mask)
     if output_ptr is not None:
         if mean_ptr is not None:
             t *= factor
@@ -206,6 +208,7 @@ def _differentiate_kernel(
         if slope_ptr is not None:
             t += x * vector_of(slope_ptr, c, inside, 0.0)
             t += vector_of(constant_ptr, c, inside, 0.0)
+        t = rounded(t, output_ptr.dtype.element_ty)
         tl.store(output_ptr + start + offsets, t, mask=mask)
 
 

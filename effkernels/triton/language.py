@@ -77,17 +77,11 @@ def slope(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def rounded(value, TYPE: tl.constexpr):
-    """``value`` in this type, rounded to the nearest.
-
-    So does the GPU by itself; Triton 3.8's interpreter cuts float32 off where bfloat16 ends, and
-    every product would come out a few thousandths too small.
-    """
-    if INTERPRETED and value.dtype == tl.float32 and TYPE.is_bf16():
-        bits = value.to(tl.uint32, bitcast=True)
-        up = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
-        value = tl.where(value == value, up, value)
-    return value.to(TYPE)
+def rounded(x, TYPE: tl.constexpr):
+    """``x`` in this type, to the nearest; Triton 3.8's interpreter cuts off bfloat16 otherwise."""
+    if INTERPRETED and x.dtype == tl.float32 and TYPE == tl.bfloat16:
+        x = x.to(TYPE, fp_downcast_rounding="rtne")
+    return x.to(TYPE)
 
 
 @triton.jit

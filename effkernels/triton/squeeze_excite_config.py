@@ -77,7 +77,8 @@ def _gate(problem: GateProblem, split: bool, images: int) -> GateConfig:
     reduced = _TILE if split else padded(problem.reduced)
     values = 16384 * 2 // problem.itemsize // reduced
     if images == 1:
-        return GateConfig(split, 1, 64, max(min(512, values), 16), 8 if split else 16, 1)
+        step = max(min(1024 // problem.itemsize, values), 16)
+        return GateConfig(split, 1, 64, step, 8 if reduced == _TILE else 16, 1)
     widest = 128 if problem.blocks == 1 else 64  # beside four partial sums of each mean
     return GateConfig(split, _TILE, 64, max(min(widest, values // 2), 16), 4, 3)
 

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .language import activate, dot, kernel
+from .language import activate, dot, kernel, rounded
 from .launch import device_of, launch, vector_width
 from .squeeze_excite_config import (
     GateConfig,
@@ -162,7 +162,7 @@ def _image_kernel(
             gate = tl.sum(products, 1)
         if expand_bias_ptr is not None:
             gate += tl.load(expand_bias_ptr + c, mask=c < channels, other=0.0).to(tl.float32)
-        gate = activate(gate, GATE_ACTIVATION)
+        gate = rounded(activate(gate, GATE_ACTIVATION), gate_ptr.dtype.element_ty)
         tl.store(gate_ptr + image.to(tl.int64) * channels + c, gate, mask=c < channels)
 
 
@@ -209,7 +209,7 @@ def tile_hidden(
                 mean += tl.sum(partial.to(tl.float32), 0)
         else:
             mean = tl.load(mean_ptr + start[:, None] + c[None, :], mask=mask, other=0.0)
-        mean = (mean.to(tl.float32) * factor).to(weight.dtype)
+        mean = rounded(mean.to(tl.float32) * factor, weight.dtype)
         hidden = dot(mean, weight, hidden, PRECISION)
     if bias_ptr is not None:
         hidden += tl.load(bias_ptr + r, mask=r < reduced, other=0.0).to(tl.float32)[None, :]
@@ -279,7 +279,7 @@ def _tile_kernel(
         gate = tl.zeros([IMAGES, SLICE], tl.float32)
         if reduce_weight_ptr is not None:
             weight = tl.load(columns, mask=inside & (r < reduced)[:, None], other=0.0)
-            hidden = activate(hidden, ACTIVATION).to(weight.dtype)
+            hidden = rounded(activate(hidden, ACTIVATION), weight.dtype)
             gate = dot(hidden, weight, gate, PRECISION)
         else:
             for first in range(0, reduced, REDUCED):
@@ -288,11 +288,11 @@ def _tile_kernel(
                 mask = (image < images)[:, None] & (r < left)[None, :]
                 hidden = tl.load(hidden_ptr + vectors + first, mask=mask, other=0.0)
                 hidden = activate(hidden, ACTIVATION)
-                gate = dot(hidden.to(weight.dtype), weight, gate, PRECISION)
+                gate = dot(rounded(hidden, weight.dtype), weight, gate, PRECISION)
         if expand_bias_ptr is not None:
             bias = tl.load(expand_bias_ptr + c, mask=c < channels, other=0.0)
             gate += bias.to(tl.float32)[None, :]
-        gate = activate(gate, GATE_ACTIVATION)
+        gate = rounded(activate(gate, GATE_ACTIVATION), gate_ptr.dtype.element_ty)
         offsets = image.to(tl.int64)[:, None] * channels + c[None, :]
         tl.store(gate_ptr + offsets, gate, mask=(image < images)[:, None] & inside)
 

@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .language import activate, dot, kernel, slope
+from .language import activate, dot, kernel, rounded, slope
 from .launch import device_of, launch, vector_width
 from .squeeze_excite_config import (
     GateBackwardConfig,
@@ -114,7 +114,7 @@ def _hidden_gradient_kernel(
                 mask=(c < channels)[None, :] & (r < reduced)[:, None],
                 other=0.0,
             )
-            before = dot(hidden.to(weight.dtype), weight, before, PRECISION)
+            before = dot(rounded(hidden, weight.dtype), weight, before, PRECISION)
         if expand_bias_ptr is not None:
             bias = tl.load(expand_bias_ptr + c, mask=c < channels, other=0.0)
             before += bias.to(tl.float32)[None, :]
@@ -123,7 +123,8 @@ def _hidden_gradient_kernel(
         gradient = tl.load(upstream_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         gradient *= slope(before, GATE_ACTIVATION)
         if gate_ptr is not None:
-            tl.store(gate_ptr + offsets, activate(before, GATE_ACTIVATION), mask=mask)
+            gate = rounded(activate(before, GATE_ACTIVATION), gate_ptr.dtype.element_ty)
+            tl.store(gate_ptr + offsets, gate, mask=mask)
         tl.store(expanded_gradient_ptr + offsets, gradient, mask=mask)
     tl.debug_barrier()
     for first in range(0, reduced, REDUCED):
@@ -139,10 +140,10 @@ def _hidden_gradient_kernel(
                 mask=(c < channels)[:, None] & (r < reduced)[None, :],
                 other=0.0,
             )
-            high = gradient.to(weight.dtype)
+            high = rounded(gradient, weight.dtype)
             total = dot(high, weight, total, PRECISION)
             if weight.dtype != tl.float32:  # what rounding took away
-                low = (gradient - high.to(tl.float32)).to(weight.dtype)
+                low = rounded(gradient - high.to(tl.float32), weight.dtype)
                 total = dot(low, weight, total, PRECISION)
         mask = present & (r < reduced)[None, :]
         offsets = image[:, None] * reduced + r[None, :]
@@ -332,7 +333,7 @@ def gate_backward(
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             IMAGES=16,
-            REDUCED=min(padded(reduced), config.step),
+            REDUCED=max(32, min(padded(reduced), config.step)),
             CHUNK=config.chunk,
             ACTIVATION=activation,
             GATE_ACTIVATION=gate_activation,

@@ -36,12 +36,12 @@ from tests.triton import aot
 
 AXES = {
     "op": ("squeeze_excite", "squeeze_excite_gate"),
-    "channels": (24, 5, 40),
+    "channels": (24, 5, 33),
     "reduced": (6, 1, 17),
-    "batch": (2, 17, 0),
+    "batch": (2, 9, 0),
     "biases": BIASES,
     "activations": tuple(zip(ACTIVATIONS, (*ACTIVATIONS[3:], *ACTIVATIONS[:3]), strict=True)),
-    "size": ((3, 3), (1, 1), (4, 15)),
+    "size": ((3, 3), (1, 1), (2, 11)),
     "layout": ("channels_last", "nchw"),
     # What runs: what the heuristics say, one or two kernels to the gate, of one or 16 images, all
     # in tiles so small that every loop has several steps.
