@@ -12,7 +12,7 @@ from .promises import Promise, is_vectored
 FINISH_ROWS, FINISH_OUTPUTS = 16, 64
 # Programs on one processor: with one alone nothing hides what it waits for.
 _RESIDENT = 2
-_REGISTERS = 65536 // (_RESIDENT * 8 * 32)  # a thread's, in blocks of eight warps
+_REGISTERS = 65536 // (_RESIDENT * 8 * 32)  # a thread's, for two blocks of eight warps
 _ALL_REGISTERS = 255
 
 
@@ -43,7 +43,7 @@ class ProductConfig:
     block_channels: int  # of one step
     num_warps: int
     num_stages: int
-    max_registers: int = _ALL_REGISTERS  # of a thread
+    max_registers: int  # of a thread
     splits: int = 1
     stream: bool = False
     resident: int = _RESIDENT  # programs of a stream on one processor
@@ -84,7 +84,7 @@ def product_heuristic(problem: ProductProblem, device: Device) -> ProductConfig:
         rows, num_warps = (128, 8) if two_bytes else (64, 4)
         most = _most_registers(num_warps, device)
         if p.correlation:
-            rows, num_warps, most = 64, 4, _ALL_REGISTERS
+            rows, num_warps, most = 64, 4, _most_registers(4, device)
         elif p.mean or (p.prologue.startswith("forward") and outputs > 64):
             most = _ALL_REGISTERS  # 140 to 160 registers; held to 128 they spill
         narrow, summed = _width(p.outputs, 64, 32), p.mean or p.correlation
@@ -94,11 +94,11 @@ def product_heuristic(problem: ProductProblem, device: Device) -> ProductConfig:
         return ProductConfig(rows, outputs, channels, num_warps, 3, most)
     outputs = min(outputs, 64)
     if tiles(64, outputs) >= device.processors:
-        return ProductConfig(64, outputs, channels, 4, 3)
+        return ProductConfig(64, outputs, channels, 4, 3, _most_registers(4, device))
     outputs = 32
     steps = -(-p.channels // channels)
     splits = min(device.processors // tiles(16, outputs), steps // 4) if steps >= 8 else 1
-    return ProductConfig(16, outputs, channels, 4, 3, splits=max(1, splits))
+    return ProductConfig(16, outputs, channels, 4, 3, _most_registers(4, device), max(1, splits))
 
 
 def product_candidates(problem: ProductProblem, device: Device) -> Iterable[ProductConfig]:
@@ -114,6 +114,7 @@ def product_candidates(problem: ProductProblem, device: Device) -> Iterable[Prod
                         block_outputs=outputs,
                         num_warps=warps,
                         num_stages=stages,
+                        max_registers=_most_registers(warps, device),
                         splits=splits if not base.stream else 1,
                     )
     if base.stream:
@@ -146,7 +147,7 @@ class WeightConfig:
     splits: int
     num_warps: int
     num_stages: int
-    max_registers: int = _ALL_REGISTERS  # of a thread
+    max_registers: int  # of a thread
 
 
 def weight_heuristic(problem: WeightProblem, device: Device) -> WeightConfig:
@@ -186,6 +187,7 @@ def weight_candidates(problem: WeightProblem, device: Device) -> Iterable[Weight
                     block_channels=channels,
                     splits=splits,
                     num_warps=warps,
+                    max_registers=_most_registers(warps, device),
                 )
 
 
@@ -193,10 +195,12 @@ def _most_registers(num_warps: int, device: Device) -> int:
     """What a thread may have: always said, for left to itself the assembler aims at one block more
     and spills a register or two in a dozen kernels.
 
-    Two blocks of eight warps on a processor where that costs nothing: sm_90's kernels need 130 to
-    140 registers if they get them, and no spills at 128. Those of sm_80 (operands of the product in
-    registers) and sm_100 (results out of tensor memory) spill there.
+    Three blocks of four warps, and two of eight where that costs nothing: sm_90's kernels need 130
+    to 140 registers if they get them, and no spills at 128. Those of sm_80 (operands of the product
+    in registers) and sm_100 (results out of tensor memory) spill there.
     """
+    if num_warps == 4:
+        return 168
     return _REGISTERS if num_warps == 8 and device.capability[0] == 9 else _ALL_REGISTERS
 
 
@@ -218,19 +222,26 @@ def _covering(size: int, least: int, most: int) -> int:
 
 
 def promise(launch: Launch) -> Promise:
-    """What each of the kernels is held to."""
+    """What each of the kernels is held to, on every capability.
+
+    Two blocks of eight warps where registers were limited for that, else one; three of four warps.
+    A tile of 16 × 32 two-byte values has 8 bytes for a thread to store.
+    """
     name = launch.kernel.fn.__name__
     constants = dict(launch.constants)
-    if name == "_product_kernel":
-        return Promise(
-            warps=8,
-            vector_loads=is_vectored(launch),
-            vector_stores=is_vectored(launch, "OUTPUT_VECTOR")
-            and (constants.get("output_ptr", 1) is not None or "partials_ptr" not in constants),
-            tensor_cores=True,
-        )
-    if name == "_weight_gradient_kernel":
-        return Promise(warps=8, vector_loads=is_vectored(launch), tensor_cores=True)
     if name == "_finish_kernel":
-        return Promise(warps=16, vector_loads=is_vectored(launch, "OUTPUT_VECTOR"))
-    return Promise(warps=16)
+        return Promise(warps=48, vector_loads=is_vectored(launch, "OUTPUT_VECTOR"))
+    if name == "_materialize_kernel":
+        return Promise(48, is_vectored(launch), is_vectored(launch))
+    if name not in ("_product_kernel", "_weight_gradient_kernel"):
+        return Promise(warps=32)  # of `reduce`
+    warps = {2: 8, 4: 12, 8: 16 if launch.max_registers == _REGISTERS else 8}[launch.num_warps]
+    vector_loads = is_vectored(launch) and is_vectored(launch, "OUTPUT_VECTOR")
+    if name == "_weight_gradient_kernel":
+        return Promise(warps, vector_loads, is_vectored(launch), tensor_cores=True)
+    types = dict(launch.signature)
+    output = types["output_ptr"] if "output_ptr" not in constants else types["partials_ptr"]
+    itemsize = {"*fp32": 4, "constexpr": 0}.get(output, 2)
+    share = constants["BLOCK_ROWS"] * constants["BLOCK_OUTPUTS"] // (32 * launch.num_warps)
+    vector_stores = is_vectored(launch, "OUTPUT_VECTOR") and share * itemsize >= 16
+    return Promise(warps, vector_loads, vector_stores, tensor_cores=True)
