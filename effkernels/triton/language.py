@@ -79,7 +79,7 @@ def slope(x, ACTIVATION: tl.constexpr):
 @triton.jit
 def rounded(x, TYPE: tl.constexpr):
     """``x`` in this type, to the nearest; Triton 3.8's interpreter cuts off bfloat16 otherwise."""
-    if INTERPRETED and x.dtype == tl.float32 and TYPE == tl.bfloat16:
+    if INTERPRETED and x.dtype == tl.float32 and TYPE.is_bf16():
         x = x.to(TYPE, fp_downcast_rounding="rtne")
     return x.to(TYPE)
 
