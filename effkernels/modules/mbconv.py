@@ -277,11 +277,17 @@ class MBConv(Planned):
         parts = self._fused_parts(dtype)
         if parts is None:
             return None
-        norms = [None if stage is None else norm_parameters(stage.norm) for stage in stages]
+        expand, depthwise, project = (
+            None if stage is None else norm_parameters(stage.norm)  # type: ignore[arg-type]
+            for stage in stages
+        )
+        assert depthwise is not None and project is not None
         return ops.mbconv_training(
             input if dtype is None else input.to(dtype),
             parts[0],
-            *norms,
+            expand,
+            depthwise,
+            project,
             parts[1],
             _kept(input, self.drop_path).float() if dropping else None,
         )

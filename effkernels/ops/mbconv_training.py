@@ -13,7 +13,8 @@ vectors: BatchNorm, activation and gate are recomputed from them.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -163,8 +164,17 @@ def _reference(
     one, none = (1, 1), (0, 0, 0, 0)
     empty = input.new_empty(0)
 
-    def convolve(values: Tensor, weight: Tensor, *geometry: Any) -> Tensor:
-        return reference_convolution(values, weight, None, None, *geometry, "none")
+    def convolve(
+        values: Tensor,
+        weight: Tensor,
+        stride: Sequence[int] = one,
+        padding: Sequence[int] = none,
+        dilation: Sequence[int] = one,
+        groups: int = 1,
+    ) -> Tensor:
+        return reference_convolution(
+            values, weight, None, None, stride, padding, dilation, groups, "none"
+        )
 
     def normalized(
         values: Tensor, weight: Tensor | None, bias: Tensor | None, index: int
@@ -178,7 +188,7 @@ def _reference(
     expanded, expand_mean, expand_var = empty, empty.clone(), empty.clone()
     values = input
     if expand_weight is not None:
-        expanded = convolve(input, expand_weight, one, none, one, 1)
+        expanded = convolve(input, expand_weight)
         values, expand_mean, expand_var = normalized(
             expanded, expand_norm_weight, expand_norm_bias, 0
         )
@@ -203,7 +213,7 @@ def _reference(
         )
         values = values * gate[:, :, None, None]
         pooled = pooled.to(torch.promote_types(input.dtype, torch.float32))
-    projected = convolve(values, project_weight, one, none, one, 1)
+    projected = convolve(values, project_weight)
     output, project_mean, project_var = normalized(
         projected, project_norm_weight, project_norm_bias, 2
     )
@@ -253,7 +263,7 @@ def _fake(
     dtype = torch.promote_types(input.dtype, torch.float32)
 
     def vectors(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return input.new_empty(shape, dtype=dtype)
+        return input.new_empty(list(shape), dtype=dtype)
 
     nothing = expand_weight is None
     return (

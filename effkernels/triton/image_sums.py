@@ -1,12 +1,11 @@
-"""Sums over the pixels of each image, of what follows a convolution: squeeze-and-excitation's mean
-in training, and everything that its gradient and BatchNorm's need, from one pass.
+"""Sums over the pixels of each image that the gradients of squeeze-and-excitation and of the
+BatchNorm before it need, from one pass.
 
 With z a raw convolution output [N, C, H, W], ẑ = (z − mean) / √(var + eps),
 b = weight · ẑ + bias and u the gradient for gate · activation(b):
 
-    forward    Σ activation(b)                                                        [1, N, ·, C]
-    backward   Σ u · activation(b),  Σ u · activation'(b),  Σ u · activation'(b) · ẑ,
-               Σ activation'(b),     Σ activation'(b) · ẑ                             [5, N, ·, C]
+    Σ u · activation(b),  Σ u · activation'(b),  Σ u · activation'(b) · ẑ,
+    Σ activation'(b),     Σ activation'(b) · ẑ                                  [5, N, blocks, C]
 
 The gradient for activation(b) is gate[n, c] · u + offset[n, c], and the offset comes from the
 gate's gradient, the first of these sums. BatchNorm's two sums are linear in both, so the other four
@@ -15,7 +14,7 @@ give them without a second pass over z and u:
     Σ t     = Σ_n gate · Σ u · activation'(b)     + offset · Σ activation'(b)
     Σ t · ẑ = Σ_n gate · Σ u · activation'(b) · ẑ + offset · Σ activation'(b) · ẑ
 
-Moves: z (and u) once, 16 bytes an access; B0's second block at batch 256, bfloat16, backward:
+Moves: z and u once, 16 bytes an access; B0's second block at batch 256, bfloat16:
 308 MB, 103 µs at 3.0 TB/s. Tried: nothing yet, no GPU has run this.
 """
 
@@ -63,8 +62,7 @@ def _image_sums_kernel(
     deviation = tl.rsqrt(var + eps)[None, :]
     first = image.to(tl.int64) * pixels * channels
     z_ptr += first
-    if upstream_ptr is not None:
-        upstream_ptr += first
+    upstream_ptr += first
     end = tl.minimum((block + 1) * block_pixels, pixels)
     value = tl.zeros([ROWS, CHANNELS], tl.float32)
     along = tl.zeros([ROWS, CHANNELS], tl.float32)
@@ -83,25 +81,21 @@ def _image_sums_kernel(
         if bias_ptr is not None:
             before += tl.load(bias_ptr + c, mask=inside, other=0.0).to(tl.float32)[None, :]
         after = activate(before, ACTIVATION)
-        if upstream_ptr is None:
-            value += tl.where(mask, after, 0.0)
-        else:
-            u = tl.load(upstream_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-            s = tl.where(mask, slope(before, ACTIVATION), 0.0)
-            value += u * after
-            along += u * s
-            along_z += u * s * normal
-            alone += s
-            alone_z += s * normal
+        u = tl.load(upstream_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        s = tl.where(mask, slope(before, ACTIVATION), 0.0)
+        value += u * after
+        along += u * s
+        along_z += u * s * normal
+        alone += s
+        alone_z += s * normal
     place = (image.to(tl.int64) * blocks + block) * channels + c
     sums_ptr += place
+    step = images.to(tl.int64) * blocks * channels
     tl.store(sums_ptr, tl.sum(value, 0), mask=inside)
-    if upstream_ptr is not None:
-        step = images.to(tl.int64) * blocks * channels
-        tl.store(sums_ptr + step, tl.sum(along, 0), mask=inside)
-        tl.store(sums_ptr + 2 * step, tl.sum(along_z, 0), mask=inside)
-        tl.store(sums_ptr + 3 * step, tl.sum(alone, 0), mask=inside)
-        tl.store(sums_ptr + 4 * step, tl.sum(alone_z, 0), mask=inside)
+    tl.store(sums_ptr + step, tl.sum(along, 0), mask=inside)
+    tl.store(sums_ptr + 2 * step, tl.sum(along_z, 0), mask=inside)
+    tl.store(sums_ptr + 3 * step, tl.sum(alone, 0), mask=inside)
+    tl.store(sums_ptr + 4 * step, tl.sum(alone_z, 0), mask=inside)
 
 
 @kernel
@@ -145,21 +139,21 @@ def _gated_kernel(
 
 
 def image_sums(
-    z: Tensor, normalization: Normalization, activation: str, upstream: Tensor | None = None
+    z: Tensor, normalization: Normalization, activation: str, upstream: Tensor
 ) -> Tensor:
-    """The sums of this file's header, in blocks of pixels: [1 or 5, N, blocks, C] float32.
+    """The sums of this file's header, in blocks of pixels: [5, N, blocks, C] float32.
 
     Args:
         z: [N, C, H, W] dense NHWC, a convolution's output.
         normalization: the BatchNorm that follows.
-        upstream: like ``z``: with it the five of the backward pass.
+        upstream: like ``z``, the gradient for what comes after gate and activation.
     """
     images, channels, height, width = z.shape
     pixels = height * width
     vector = vector_width(z.dtype, channels)
     config: SumsConfig = sums_heuristic(images, pixels, channels, device_of(z))
     blocks = triton.cdiv(pixels, config.block_pixels)
-    shape = (1 if upstream is None else 5, images, blocks, channels)
+    shape = (5, images, blocks, channels)
     sums = torch.empty(shape, dtype=torch.float32, device=z.device)
     launch(
         _image_sums_kernel,

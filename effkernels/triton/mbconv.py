@@ -15,6 +15,7 @@ is 109,000 and 216,000 images/s. No GPU has run this.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -106,7 +107,8 @@ def block(
             )
             hidden, partial_means = convolved.output, convolved.partial_means
         gate = None
-        if gated:
+        if se_reduce_weight is not None and se_expand_weight is not None:
+            assert partial_means is not None
             pixels = hidden.shape[2] * hidden.shape[3]
             gate = excite.gate(
                 partial_means,
@@ -154,18 +156,15 @@ def _output(output: Tensor | None) -> Tensor:
     return output
 
 
-def mbconv(input: Tensor, *arguments: Any) -> Tensor:
+def mbconv(*arguments: Any) -> Tensor:
     """The op ``mbconv``."""
-    *front, residual, activation, se_activation, gate_activation, project_activation = arguments
-    return block(
-        input,
-        *front,
-        nhwc(input) if residual else None,
-        activation,
-        se_activation,
-        gate_activation,
-        project_activation,
-    )
+    return block(*_block_arguments(arguments))
+
+
+def _block_arguments(arguments: Sequence[Any]) -> list[Any]:
+    """The op's arguments, the input as its own residual."""
+    residual = nhwc(arguments[0]) if arguments[17] else None
+    return [*arguments[:17], residual, *arguments[18:]]
 
 
 def mbconv_backward(
@@ -178,12 +177,11 @@ def mbconv_backward(
     (upstream,) = gradients
     if upstream is None:
         return (None,) * len(arguments)
-    residual = nhwc(arguments[0]) if arguments[17] else None
-    block_arguments = [*arguments[:17], residual, *arguments[18:]]
     *results, for_residual = block_gradients(
-        block_arguments, [*needed[:14], needed[0] and residual is not None], upstream
+        _block_arguments(arguments), [*needed[:14], needed[0] and arguments[17]], upstream
     )
     if for_residual is not None:
+        assert results[0] is not None
         results[0] = results[0] + for_residual
     return (*results, *[None] * (len(arguments) - 14))
 
@@ -242,7 +240,8 @@ def block_gradients(
         (),
         (upstream, None),
     )
-    for_mean, for_squeeze = None, [None] * 4
+    for_mean: Tensor | None = None
+    for_squeeze: list[Tensor | None] = [None] * 4
     if gated and before_project:
         for_mean, *for_squeeze = excite.squeeze_excite_gate_backward(
             gate_arguments, [before_gate, *needed[7:11], False, False], (), (for_gate,)

@@ -98,7 +98,7 @@ def mbconv_training(
         depthwise_mean, depthwise_var, depthwise_norm_weight, depthwise_norm_bias, eps[1]
     )
     operand, pooled = _after(normalization, activation), empty.clone()
-    if se_reduce_weight is not None:
+    if se_reduce_weight is not None and se_expand_weight is not None:
         pixels = hidden.shape[2] * hidden.shape[3]
         sums, _ = excite.pool(hidden, operand)
         assert sums is not None
@@ -327,4 +327,5 @@ def _gate_gradients(
         (),
         (for_gate,),
     )[:5]
+    assert for_pooled is not None
     return for_pooled, results
