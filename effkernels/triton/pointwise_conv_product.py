@@ -39,7 +39,7 @@ tile needs 99 registers and 96 KB, two blocks of eight warps to a processor.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -588,11 +588,14 @@ def product(
         results = (output, sums, counts, partial_moments)
         vectors = (scale, bias, residual, gate, other.pointers[0], *other.pointers[2:4])
         sizes = (slots, factor if slots == 1 else 1.0)
-        constants = {
+        constants: dict[str, Any] = {
             "OUTPUT_VECTOR": vector_width(matrix.dtype, outputs),
             "WIDE": is_wide(like, output, residual, correlate, partials),
         }
-        epilogue = {"ACTIVATION": activation, "OTHER_ACTIVATION": other.activation}
+        epilogue: dict[str, Any] = {
+            "ACTIVATION": activation,
+            "OTHER_ACTIVATION": other.activation,
+        }
         vector = vector_width(matrix.dtype, channels)
         varies = inner.varies or (gate is not None and not split)
         launch(
