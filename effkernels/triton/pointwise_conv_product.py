@@ -26,11 +26,20 @@ Three ways to go over it:
 Rows of several images share a tile: with tiles that end where 7 × 7 images do, a quarter of every
 tile would be empty. The mean is summed for each image that a tile touches, into as many places as
 tiles can touch an image, and added up by `reduce.totals`.
+
+Seen in the compiler's output, by which the sizes were chosen (no GPU has run this): on sm_90 all
+tiles of 64 and 128 rows run on wgmma, a prologue's operand from registers; the plain 128 × 128 × 64
+tile needs 99 registers and 96 KB, two blocks of eight warps to a processor.
+- Lost: 128 × 64 tiles in four warps (130 to 180 registers, eight or twelve warps to a processor;
+  in eight warps 64 to 90). Streams 128 wide (133 to 182 registers). Steps of 64 channels through a
+  prologue (185, of 32: 128). The gate as a tile of its own (twice the reads from the L2 cache).
+  tf32 with the matrix as [c, k]: copies of 4 bytes each into shared memory, so it is transposed
+  first. No limit of registers: spills of 8 to 24 bytes in a dozen of the kernels for sm_100.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -521,6 +530,7 @@ def product(
     images, channels, height, width = like.shape
     outputs = matrix.shape[1 if transposed else 0]
     pixels, rows = height * width, images * height * width
+    matrix = matrix.contiguous()
     if transposed and matrix.dtype == torch.float32:
         # sm_90's tensor cores want tf32 with the channels side by side: otherwise every program
         # would copy its part of the matrix 4 bytes at a time.
@@ -576,11 +586,14 @@ def product(
         results = (output, sums, counts, partial_moments)
         vectors = (scale, bias, residual, gate, other.pointers[0], *other.pointers[2:4])
         sizes = (slots, factor if slots == 1 else 1.0)
-        constants = {
+        constants: dict[str, Any] = {
             "OUTPUT_VECTOR": vector_width(matrix.dtype, outputs),
             "WIDE": is_wide(like, output, residual, correlate, partials),
         }
-        epilogue = {"ACTIVATION": activation, "OTHER_ACTIVATION": other.activation}
+        epilogue: dict[str, Any] = {
+            "ACTIVATION": activation,
+            "OTHER_ACTIVATION": other.activation,
+        }
         vector = vector_width(matrix.dtype, channels)
         varies = inner.varies or (gate is not None and not split)
         launch(

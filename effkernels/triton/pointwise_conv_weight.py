@@ -13,6 +13,11 @@ Idea: a tile of [K, C] is small and the sum is long, so the rows are split among
 writes its sum, and `reduce.totals` adds them in order: the same bits every time.
 The bias gradient is summed elementwise from the float32 values of G and reduced once at the end; a
 product with a column of ones would round them first.
+
+Seen in the compiler's output (no GPU has run this): wgmma on sm_90 for two-byte types with 64
+outputs or more, 80 to 128 registers in eight warps. Lost: 64 rows a step through a prologue (255
+registers and spills; of 32: 128), and wgmma for float32, whose operands it wants transposed (copies
+of 4 bytes into shared memory): two warps make the compiler take mma.sync and copies of 16 bytes.
 """
 
 from __future__ import annotations
