@@ -257,7 +257,7 @@ def _fake(
     dilation: list[int],
     *_: object,
 ) -> tuple[Tensor, ...]:
-    images, _, *image = input.shape
+    images, image = input.shape[0], input.shape[2:]
     channels, outputs = depthwise_weight.shape[0], project_weight.shape[0]
     size = output_size(image, depthwise_weight.shape[2:], stride, padding, dilation)
     dtype = torch.promote_types(input.dtype, torch.float32)

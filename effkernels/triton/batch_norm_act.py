@@ -327,7 +327,7 @@ def batch_norm_act_backward(
                 normalization,
                 training=training,
                 needed=(needed[0] and training, *parameters),
-                output_gradients=tuple(output_gradients),
+                output_gradients=(output_gradients[0], output_gradients[1]),
                 statistics_needed=statistics_needed,
             )
         results = (None, None)
