@@ -233,8 +233,6 @@ def promise(launch: Launch) -> Promise:
         return Promise(warps=48, vector_loads=is_vectored(launch, "OUTPUT_VECTOR"))
     if name == "_materialize_kernel":
         return Promise(48, is_vectored(launch), is_vectored(launch))
-    if name not in ("_product_kernel", "_weight_gradient_kernel"):
-        return Promise(warps=32)  # of `reduce`
     warps = {2: 8, 4: 12, 8: 16 if launch.max_registers == _REGISTERS else 8}[launch.num_warps]
     vector_loads = is_vectored(launch) and is_vectored(launch, "OUTPUT_VECTOR")
     if name == "_weight_gradient_kernel":

@@ -191,9 +191,9 @@ def squeeze_excite_gate_backward(
     (upstream,) = gradients
     if upstream is None:
         return (None,) * len(arguments)
-    mean, *rest = arguments
-    wanted = (False, *needed[:5])
-    results = gate_backward(upstream, mean, 1.0, *rest, needed=wanted, mean_dtype=mean.dtype)
+    mean = arguments[0]
+    wanted = (False, needed[0], needed[1], needed[2], needed[3], needed[4])
+    results = gate_backward(upstream, mean, 1.0, arguments[1:], wanted, mean.dtype)
     return (*results[1:], None, None)
 
 
@@ -225,12 +225,11 @@ def squeeze_excite_backward(
     (upstream,) = gradients
     if upstream is None:
         return (None,) * len(arguments)
-    input, *rest = arguments
-    input, upstream = nhwc(input), nhwc(upstream)
+    input, upstream = nhwc(arguments[0]), nhwc(upstream)
     factor = 1 / (input.shape[2] * input.shape[3])
     sums, products = (_whole(partials) for partials in pool(input, upstream=upstream))
-    wanted = (needed[0], *needed[:5])
-    results = gate_backward(products, sums, factor, *rest, needed=wanted)
+    wanted = (needed[0], needed[0], needed[1], needed[2], needed[3], needed[4])
+    results = gate_backward(products, sums, factor, arguments[1:], wanted)
     input_gradient = None
     if needed[0]:
         operand = Gradient(gate=results.gate, offset=results.mean)

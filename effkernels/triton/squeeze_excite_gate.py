@@ -22,6 +22,8 @@ channels of both weights' gradients and goes through all images in order. No ato
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -327,7 +329,7 @@ def gate(
     def run(config: GateConfig) -> None:
         tiles = triton.cdiv(images, config.images)
         slices = triton.cdiv(channels, config.slice_channels)
-        constants = {
+        constants: dict[str, Any] = {
             "VECTOR": vectors[0],
             "REDUCED_VECTOR": vectors[1],
             "SLICE": config.slice_channels,

@@ -24,6 +24,7 @@ bytes at best; the whole of it in the second's tiles: 2.8 KB; tiles of 32 x 32 t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -264,12 +265,7 @@ def gate_backward(
     upstream: Tensor,
     mean: Tensor,
     factor: float,
-    reduce_weight: Tensor,
-    reduce_bias: Tensor | None,
-    expand_weight: Tensor,
-    expand_bias: Tensor | None,
-    activation: str,
-    gate_activation: str,
+    arguments: Sequence[Any],
     needed: tuple[bool, bool, bool, bool, bool, bool],
     mean_dtype: torch.dtype = torch.float32,
 ) -> GateGradients:
@@ -278,9 +274,11 @@ def gate_backward(
     Args:
         upstream: [N, C] for the gate.
         mean: [N, C]; times ``factor`` it is the mean.
+        arguments: of the op `squeeze_excite_gate` after its mean.
         needed: which fields of the result are wanted.
         mean_dtype: of the gradient of the mean (not of ``mean``: ``factor`` is left out).
     """
+    reduce_weight, reduce_bias, expand_weight, expand_bias, activation, gate_activation = arguments
     images, channels = mean.shape
     reduced = reduce_weight.shape[0]
     dtype, device = expand_weight.dtype, mean.device

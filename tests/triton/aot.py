@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -36,6 +37,9 @@ BATCHES = (1, 256)
 _REGISTERS, _BLOCK_OVERHEAD = 65536, 1024
 _SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 _MOST_WARPS, _MOST_BLOCKS = 64, 32
+
+# Files without a configuration of their own.
+_SAID_BY = {"expand_depthwise": "mbconv", "image_sums": "mbconv"}
 
 # A layer's calls beyond those of `Layer.run`: op -> function that makes them on meta tensors.
 Calls = Callable[[torch.dtype, int], None]
@@ -186,12 +190,22 @@ def describe(launch: Launch) -> str:
     )
 
 
-def check(op: str, capability: int, calls: Iterable[Callable[[], Any]]) -> int:
+def promise_of(launch: Launch) -> Promise:
+    """What the op says that the kernel is a part of: of `pointwise_conv_weight`'s kernels
+    `pointwise_conv_config` does."""
+    package, _, name = launch.kernel.fn.__module__.rpartition(".")
+    name = _SAID_BY.get(name, name)
+    while importlib.util.find_spec(f"{package}.{name}_config") is None:
+        name = name.rpartition("_")[0]
+    promise: Promise = importlib.import_module(f"{package}.{name}_config").promise(launch)
+    return promise
+
+
+def check(capability: int, calls: Iterable[Callable[[], Any]]) -> int:
     """Compile all launches of ``calls``; print those that break a promise, as JSON lines."""
-    promise = importlib.import_module(f"effkernels.triton.{op}_config").promise
     found = launches(calls, DEVICES[capability])
     for launch in found:
-        wrong = broken_promises(launch, promise(launch), capability)
+        wrong = broken_promises(launch, promise_of(launch), capability)
         if wrong:
             print(json.dumps({"launch": describe(launch), "wrong": wrong}), flush=True)
     print(json.dumps({"compiled": len(found)}))
@@ -228,4 +242,4 @@ def _without_interpreter(*command: str) -> list[Any]:
 if __name__ == "__main__":
     op, capability = sys.argv[1], int(sys.argv[2])
     module = importlib.import_module(f"tests.triton.test_{op}")
-    check(op, capability, module.aot_calls())
+    check(capability, module.aot_calls())
