@@ -99,14 +99,14 @@ def _fitting(problem: BlockProblem, device: Device) -> Iterable[FusedConfig]:
 
 
 def promise(launch: Launch) -> Promise:
-    """Two programs of 8 warps on a processor, products on tensor cores; sums: a third of the
+    """Two programs of 8 warps on a processor, products on tensor cores; sums: a quarter of the
     warps, for five accumulators of 8 values."""
     name = launch.kernel.fn.__name__
     if name == "_gated_kernel":
         return Promise(warps=32)
     vectored = is_vectored(launch)
     if name == "_image_sums_kernel":
-        return Promise(warps=20, vector_loads=vectored)
+        return Promise(warps=16, vector_loads=vectored)
     return Promise(warps=16, vector_loads=vectored, vector_stores=vectored, tensor_cores=True)
 
 

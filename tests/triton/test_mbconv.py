@@ -14,6 +14,7 @@ from effkernels.ops import MBConvGeometry, MBConvParameters
 from effkernels.triton import DTYPES, expand_depthwise, launch, mbconv, mbconv_config
 from tests.ops._cases import Arguments, Case, Draw, assert_parity, gradient_function, pairwise
 from tests.triton import aot
+from tests.triton.cases import few_dtypes
 
 AXES = {
     "batch": (2, 3),
@@ -131,7 +132,7 @@ def force(monkeypatch: pytest.MonkeyPatch, band: int) -> None:
     monkeypatch.setattr(mbconv, "heuristic", lambda problem, device: config)
 
 
-@pytest.mark.parametrize("case", pairwise(AXES, valid), ids=str)
+@pytest.mark.parametrize(("case", "dtype"), few_dtypes(pairwise(AXES, valid)), ids=str)
 def test_matches_reference(monkeypatch, device, dtype, case):
     force(monkeypatch, 3 if case.fused else 0)
 
@@ -162,7 +163,7 @@ GRADIENT_CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", GRADIENT_CASES, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), few_dtypes(GRADIENT_CASES, 1), ids=str)
 def test_gradients(device, dtype, case):
     gradients = gradient_function(lambda **tensors: run(case, **tensors))
 

@@ -15,6 +15,7 @@ from tests.ops._blocks import block_tensors, run_block
 from tests.ops._cases import Arguments, Case, Draw, assert_parity, gradient_function, same_bits
 from tests.ops.test_mbconv_training import BLOCK, load, small_block
 from tests.triton import aot
+from tests.triton.cases import few_dtypes
 
 CASES = [
     BLOCK,
@@ -67,12 +68,11 @@ class _Empty:
     weight = uniform = normal
 
 
+@pytest.mark.parametrize(("case", "dtype"), few_dtypes(CASES, 1), ids=str)
 @pytest.mark.parametrize("keep", [None, KEEP], ids=["all", "keep"])
-@pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_reference(device, dtype, case, keep):
-    if keep is not None and not case.residual:
-        pytest.skip("only residual blocks are dropped")
-
+    if keep is not None and (case is not BLOCK or dtype != torch.float32):
+        pytest.skip("one block shows it")
     extra = {} if keep is None else {"keep": keep.to(device)}
     gradients = gradient_function(lambda **leaves: run_block(case, {**leaves, **extra}))
 
@@ -97,7 +97,7 @@ def test_matches_reference(device, dtype, case, keep):
     assert_parity("triton", function, arguments, channels_last=False)
 
 
-@pytest.mark.parametrize("frozen", ["input", "expand_weight", "depthwise", "se", "project_weight"])
+@pytest.mark.parametrize("frozen", ["input", "depthwise", "project_weight"])
 def test_only_needed_gradients(device, frozen):
     """A gradient does not depend on which others are wanted."""
     tensors = block_tensors(BLOCK, Draw(5))
