@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torchvision
 from torch.autograd import gradgradcheck
 
 import effkernels as ek
 from effkernels import dispatch, ops
+from effkernels.testing import relative_error
 from effkernels.triton import launch, tune
 from effkernels.triton.silu import _silu_kernel
+from tests.networks import make_realistic
 
 
 @pytest.fixture
@@ -246,3 +250,35 @@ def test_graph_of_a_gpu_program(device):
     report = ek.explain(frozen, input)
     assert [(row.op, row.backend) for row in report] == [("silu", "triton")] * 2
     assert SimpleNamespace(**report.to_dict()).rows
+
+
+@pytest.mark.parametrize("change", [ek.freeze, ek.accelerate], ids=["freeze", "accelerate"])
+def test_network_of_another_library(device, change):
+    """torchvision's blocks become steps of one GPU program, SE, residuals and head included."""
+    network = torchvision.models.mobilenet_v3_small(num_classes=10).eval()
+    make_realistic(network)
+    network = network.to(device).to(memory_format=torch.channels_last)
+    image = torch.randn(1, 3, 64, 64, device=device).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        expected = copy.deepcopy(network).double()(image.double())
+        stock = network(image)
+        changed = change(network)
+        got = changed(image)
+        report = ek.explain(changed, image)
+    assert relative_error(got, expected) <= 4 * relative_error(stock, expected) + 1e-6
+    assert {row.backend for row in report} == {"triton"}
+    # five convolutions at the ends and eleven blocks, of which every one is a step
+    assert [row.op for row in report].count("mbconv") == 11, str(report)
+
+
+def test_block_under_autocast(device):
+    block = ek.MBConv(16, 16).to(device)
+    input = torch.randn(2, 16, 6, 6, device=device).to(memory_format=torch.channels_last)
+    for training in (False, True):
+        block.train(training)
+        with torch.autocast(device.type, torch.bfloat16):
+            output = block(input)
+        with ek.use_backend("reference"):
+            expected = block(input)
+        assert output.dtype == torch.bfloat16
+        assert relative_error(output, expected) < 0.03
