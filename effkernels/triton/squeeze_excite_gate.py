@@ -342,10 +342,9 @@ def gate(
             run_kernel = _tile_kernel
             sizes = (images, *sizes)
             constants |= {"IMAGES": config.images, "PRECISION": PRECISION}
-            partials = 4 if blocks > 1 else 1
         else:
             run_kernel = _image_kernel
-            partials = 8 if blocks > 1 else 1
+        partials = 4 if blocks > 1 else 1
         first = (mean, reduce_weight, reduce_bias)
         second = (expand_weight, expand_bias)
         if not config.split:
