@@ -209,6 +209,7 @@ def squeeze_excite(
     """The op ``squeeze_excite``."""
     input = nhwc(input)
     sums, _ = pool(input)
+    assert sums is not None
     factor = 1 / (input.shape[2] * input.shape[3])
     weights = (reduce_weight, reduce_bias, expand_weight, expand_bias)
     return apply(input, Forward(gate=gate(sums, factor, *weights, activation, gate_activation)))

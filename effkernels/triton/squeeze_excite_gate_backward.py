@@ -270,7 +270,7 @@ def gate_backward(
     expand_bias: Tensor | None,
     activation: str,
     gate_activation: str,
-    needed: tuple[bool, bool, bool, bool, bool, bool],
+    needed: tuple[bool, ...],
     mean_dtype: torch.dtype = torch.float32,
 ) -> GateGradients:
     """Gradients of `squeeze_excite_gate.gate`.
@@ -278,7 +278,7 @@ def gate_backward(
     Args:
         upstream: [N, C] for the gate.
         mean: [N, C]; times ``factor`` it is the mean.
-        needed: which fields of the result are wanted.
+        needed: which of the result's six fields are wanted.
         mean_dtype: of the gradient of the mean (not of ``mean``: ``factor`` is left out).
     """
     images, channels = mean.shape
