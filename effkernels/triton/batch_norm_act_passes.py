@@ -12,6 +12,10 @@ size, one compiled kernel.
 
 Moves: every tensor once. B0's largest layer at batch 256 (96 channels, 112 x 112, bfloat16):
 617 MB read and written: 0.41 ms at 3.0 TB/s forward, 0.62 ms for the gradient's pass.
+
+As compiled for sm_90 (no GPU has run it), bfloat16 with SiLU: `apply` 60 registers, 32 warps, four
+loads and four stores of 16 bytes, 20 instructions an element, 2 of them MUFU, where the copy rate
+leaves time for 38; no barrier, no shared memory. `differentiate` 64 registers, 32 warps.
 """
 
 from __future__ import annotations

@@ -15,6 +15,9 @@ that takes eight instructions an element, and reading at 3.0 TB/s leaves time fo
 
 Moves: every tensor once. B0's largest layer at batch 256 (96 channels, 112 x 112, bfloat16), 617
 MB: 0.21 ms for the statistics, 0.41 ms for the gradient's sums, at 3.0 TB/s.
+
+As compiled for sm_90 (no GPU has run it), bfloat16: statistics 75 registers, 24 warps, four loads a
+step; sums with SiLU 95, 20 warps, with a gate and an offset 136, 12 warps.
 """
 
 from __future__ import annotations

@@ -15,9 +15,9 @@ read the weights once. At 256 images 16 · 18 programs read 36 MB out of the L2:
 program for each image and slice would read 590 MB. A first matrix of more than 256 KB (B4's and
 B7's last blocks) gets a kernel of its own in front, 16 hidden values a program.
 
-Gradient: the first kernel recomputes hidden and gate and takes the gradient back to hidden, in
-slices of channels whose partial sums `reduce.totals` adds; in the second a program owns 16 or 32
-channels of both weights' gradients and goes through all images in order. No atomics.
+As compiled for sm_90 (no GPU has run it), R = 48, bfloat16: 125 registers in 16 warps for one image,
+79 in 4 warps for 16. Tried: the mean as a [1, channels] tile, which made Triton send the matrix
+through shared memory to a layout of scalar rows: 1848 instructions where there are now 528.
 """
 
 from __future__ import annotations
@@ -344,10 +344,9 @@ def gate(
             run_kernel = _tile_kernel
             sizes = (images, *sizes)
             constants |= {"IMAGES": config.images, "PRECISION": PRECISION}
-            partials = 4 if blocks > 1 else 1
         else:
             run_kernel = _image_kernel
-            partials = 8 if blocks > 1 else 1
+        partials = 4 if blocks > 1 else 1
         first = (mean, reduce_weight, reduce_bias)
         second = (expand_weight, expand_bias)
         if not config.split:
