@@ -25,7 +25,7 @@ next row is under way while one is worked on. All strips of a program are on the
 that rows of padding are skipped by one comparison and addresses of rows are scalars.
 
 Counted in the compiler's output (sm_90, bfloat16), instructions of the loop for an output: 5x5, 4
-columns, SiLU and mean: 53 (25 of them multiply-adds, 11 the SiLU); 5x5 and 7 columns: 49. Moving
+columns, SiLU and mean: 56 (25 of them multiply-adds, 11 the SiLU); 5x5 and 7 columns: 50; 3x3: 33. Moving
 the sums down a row costs nothing: each row's first multiply-add reads the register of the row
 before and writes its own.
 
@@ -38,7 +38,8 @@ Tried and lost, by the compiler's output (no GPU has run this):
 - 16-byte loads of 2-byte types (8 channels a thread): the taps of a 3x3 alone are 72 registers,
   those of a 5x5 do not fit, and reading them again for each row costs what the width saves. With 4
   or 8 bytes a thread a warp still reads 128 or 256 neighbouring bytes.
-- 4 channels with a prologue or statistics (3x3): 244 registers, 8 warps. 2 channels: 128, 16.
+- 4 channels with a prologue or statistics (3x3): 244 registers, 8 warps. 2 channels: 12 warps.
+- Sums that start at the bias: a bias far from zero costs them their last digits.
 - Leaving out rows of padding by a branch around the multiply-adds: a move for each sum.
 - Offsets of 64 bits a column and masks of three comparisons: 216 registers instead of 168, twice
   the time to compile.
