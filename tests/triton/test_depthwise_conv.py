@@ -21,7 +21,12 @@ from effkernels import ops, triton
 from effkernels.ops import ACTIVATIONS
 from effkernels.ops._common import apply_activation
 from effkernels.testing import assert_close_to, assert_matches
-from effkernels.triton import depthwise_conv, depthwise_conv_config
+from effkernels.triton import (
+    depthwise_conv,
+    depthwise_conv_config,
+    depthwise_conv_gradient_kernels,
+    depthwise_conv_kernel,
+)
 from effkernels.triton import depthwise_conv_gradient as gradients
 from effkernels.triton.operands import Forward, Gradient
 from tests.ops._cases import (
@@ -218,6 +223,20 @@ def test_oblong_geometry(device):
     assert_matches(outputs_and_gradients, *args, backend="triton")
 
 
+def test_layouts(device):
+    """Vectors with gaps between their elements, an input that is not channels_last."""
+    draw = OBLONG.draw(0, torch.float32)
+    input = draw.activations(2, 24, (7, 6), "sliced").to(device)
+    tensors = {
+        "input": input,
+        "weight": draw.weight(24, 1, 3, 6)[..., ::2].to(device),
+        "scale": draw.normal(24, 2)[:, 0].to(device),
+        "bias": draw.normal(1).expand(24).to(device),
+    }
+    chosen = {"stride": 2, "padding": "same", "return_mean": True}
+    assert_matches(run, tensors, chosen, backend="triton")
+
+
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,), (0, 3)])
 def test_only_needed_gradients(device, needed):
     (tensors, chosen), _ = arguments(OBLONG, torch.float32, device)
@@ -373,22 +392,22 @@ def test_memory_and_determinism(monkeypatch, configure, stride):
 
 BROKEN = {
     "wrong tap": (
-        depthwise_conv,
+        depthwise_conv_kernel,
         "taps[(STRIDE_Y * d + phase) * KERNEL_X + j]",
         "taps[(STRIDE_Y * d + phase) * KERNEL_X + KERNEL_X - 1 - j]",
     ),
     "wrong tail": (
-        depthwise_conv,
+        depthwise_conv_kernel,
         "last = tl.minimum(first + rows, out_height)",
         "last = tl.minimum(first + rows, out_height - 1)",
     ),
     "missing mask": (
-        depthwise_conv,
+        depthwise_conv_kernel,
         "tl.store(lanes + s * channels, value, mask=inside)",
         "tl.store(lanes + s * channels, value, mask=out_x < out_width)",
     ),
     "wrong row": (
-        gradients,
+        depthwise_conv_gradient_kernels,
         "window[i // STRIDE_Y * COLUMNS + s] * values",
         "window[(DEPTH - 1 - i // STRIDE_Y) * COLUMNS + s] * values",
     ),
@@ -412,9 +431,10 @@ def mutant(module: ModuleType, path: Path, old: str, new: str) -> ModuleType:
 def test_broken_kernels_are_caught(monkeypatch, tmp_path, configure, name):
     module, old, new = BROKEN[name]
     changed = mutant(module, tmp_path / "mutant.py", old, new)
-    for attribute in ("_convolve_kernel", "_weight_gradient_kernel"):
-        if hasattr(changed, attribute):
-            monkeypatch.setattr(module, attribute, getattr(changed, attribute))
+    if module is depthwise_conv_kernel:
+        monkeypatch.setattr(depthwise_conv, "convolve_kernel", changed.convolve_kernel)
+    else:
+        monkeypatch.setattr(gradients, "weight_gradient_kernel", changed.weight_gradient_kernel)
     case = Case(batch=2, channels=8, size=(5, 9), kernel=3, stride=1, padding="same", dilation=1)
     configure(streamed=True, rows=2)
     args, _ = arguments(case, torch.float32, "cpu")
