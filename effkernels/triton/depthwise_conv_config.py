@@ -74,14 +74,15 @@ def heuristic(problem: DepthwiseProblem, device: Device) -> DepthwiseConfig:
 
     Registers as the compiler reports them for sm_90, bfloat16; none of this has been measured.
 
-    - 3x3: 4 channels a thread, 4 columns: 36 taps, 48 sums, 161 registers. With a prologue or
-      statistics 2 channels (128 registers): with 4 they took 244.
-    - 5x5 and 7x7: 2 channels a thread, 50 or 98 taps and 40 or 56 sums; 160 registers, 7x7 237. A
+    - 3x3: 4 channels a thread, 4 columns: 36 taps, 48 sums, 168 registers. With stride 2, a
+      prologue or statistics 2 channels: with 4 they spilled, or took 244.
+    - 5x5 and 7x7: 2 channels a thread, 50 or 98 taps and 40 or 56 sums; 167 registers, 7x7 255. A
       warp still reads 128 neighbouring bytes. 4 channels do not fit.
     - 5x5 without prologue is bound by its instructions, and columns that stick out of the image
       cost as much as others: 7 columns where the width is a multiple of 7 (14 or 7 pixels in 4s:
-      an eighth is lost), at 246 registers and 8 warps, which one row ahead keeps busy.
-    - A limit of 168 registers, that is 12 warps a processor, where it is known to cost no spill.
+      an eighth is lost), at 214 registers and 8 warps, which one row ahead keeps busy.
+    - A limit of 168 registers, that is 12 warps a processor, where it is known to cost no spill;
+      else 8 warps.
     - Rows: all of a 28 pixel high image, for each strip reads k - 1 rows more than it makes; less,
       where a processor would get less than eight programs.
     - A grid too small even so is a matter of latency: one row, all its loads at once, as few
@@ -100,9 +101,11 @@ def heuristic(problem: DepthwiseProblem, device: Device) -> DepthwiseConfig:
         rows=min(problem.height, 28),
         strips=4 if size > 3 else 16 if four_channels else 8,
         channels=64 if size > 3 else 32,
-        registers=168 if tuned and inference and size <= 5 and not wide else 255,
     )
-    if problem.name == "weight_gradient" and max(problem.stride) > 1 and size > 3:
+    strided_weight = problem.name == "weight_gradient" and max(problem.stride) > 1
+    if tuned and not wide and (size <= 3 and not strided_weight or inference and size <= 5):
+        config = replace(config, registers=168)
+    if strided_weight and size > 3:
         config = replace(config, columns=4 if problem.itemsize < 4 else 2)  # else float32 spills
     enough = 8 * device.processors
     while config.rows > 4 and config.programs(problem) < enough:

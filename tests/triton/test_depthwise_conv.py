@@ -21,7 +21,12 @@ from effkernels import ops, triton
 from effkernels.ops import ACTIVATIONS
 from effkernels.ops._common import apply_activation
 from effkernels.testing import assert_close_to, assert_matches
-from effkernels.triton import depthwise_conv, depthwise_conv_config
+from effkernels.triton import (
+    depthwise_conv,
+    depthwise_conv_config,
+    depthwise_conv_gradient_kernels,
+    depthwise_conv_kernel,
+)
 from effkernels.triton import depthwise_conv_gradient as gradients
 from effkernels.triton.operands import Forward, Gradient
 from tests.ops._cases import (
@@ -105,7 +110,7 @@ CASES = {
         (1, 24, 1, 1, 3, 1, 4, 1),
         (0, 8, 5, 5, 3, 1, "same", 1),
         (1, 40, 7, 6, 3, 2, "symmetric", 2),
-        (1, 24, 2, 3, 9, 1, "symmetric", 1),
+        (1, 24, 2, 2, 9, 1, "symmetric", 1),
         (2, 8, 5, 6, 1, 2, 0, 1),
     )
 }
@@ -177,12 +182,10 @@ def test_matches_reference(device, name):
 
 
 @pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize(
-    ("k", "stride", "padding"), [(3, 1, "symmetric"), (3, 2, "same"), (5, 1, "same")]
-)
+@pytest.mark.parametrize(("k", "stride", "padding"), [(3, 2, "same"), (5, 1, "symmetric")])
 def test_configurations(device, configure, fields, k, stride, padding):
     case = Case(
-        batch=1, channels=24, size=(5, 8), kernel=k, stride=stride, padding=padding, dilation=1
+        batch=1, channels=16, size=(5, 8), kernel=k, stride=stride, padding=padding, dilation=1
     )
     configure(**fields)
     args, _ = arguments(case, torch.float32, device)
@@ -220,6 +223,20 @@ def test_oblong_geometry(device):
     assert_matches(outputs_and_gradients, *args, backend="triton")
 
 
+def test_layouts(device):
+    """Vectors with gaps between their elements, an input that is not channels_last."""
+    draw = OBLONG.draw(0, torch.float32)
+    input = draw.activations(2, 24, (7, 6), "sliced").to(device)
+    tensors = {
+        "input": input,
+        "weight": draw.weight(24, 1, 3, 6)[..., ::2].to(device),
+        "scale": draw.normal(24, 2)[:, 0].to(device),
+        "bias": draw.normal(1).expand(24).to(device),
+    }
+    chosen = {"stride": 2, "padding": "same", "return_mean": True}
+    assert_matches(run, tensors, chosen, backend="triton")
+
+
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,), (0, 3)])
 def test_only_needed_gradients(device, needed):
     (tensors, chosen), _ = arguments(OBLONG, torch.float32, device)
@@ -254,7 +271,7 @@ def test_prologue_and_statistics(device, dtype, configure, case, fields):
     weight = draw.weight(case.channels, 1, case.kernel, case.kernel)
     vectors = draw.affine(case.channels, "scale32+bias32")
     gate = draw.gate(case.batch, case.channels)
-    bias = draw.affine(case.channels, "bias")["bias"] + 20  # statistics far from zero
+    bias = draw.affine(case.channels, "bias")["bias"] + 5  # statistics far from zero
     stride, dilation = (case.stride, case.stride), (1, 1)
 
     def plain(x: Tensor, w: Tensor, s: Tensor, t: Tensor, g: Tensor, b: Tensor) -> Any:
@@ -285,8 +302,7 @@ def test_prologue_and_statistics(device, dtype, configure, case, fields):
     assert_close_to(due[1], result.mean.cpu(), stock[1].float(), "mean")
     assert_close_to(due[2], result.moments[0].cpu(), stock[2].float(), "moments[0]")
     assert_close_to(due[3], result.moments[1].cpu(), stock[3].float(), "moments[1]")
-    sums = result.partial_means.sum(1) / (z_pixels := result.output[0, 0].numel())
-    assert z_pixels > 0
+    sums = result.partial_means.sum(1) / result.output[0, 0].numel()
     torch.testing.assert_close(sums, result.mean)
 
 
@@ -318,22 +334,11 @@ def test_gradient_prologue(device, dtype, configure, case, fields):
         seen = apply_activation(x * channelwise(xs, x) + channelwise(xt, x), "silu").detach()
         seen, w = seen.requires_grad_(), w.detach().clone().requires_grad_()
         output = F.conv2d(F.pad(seen, case.padding), w, None, stride, 0, dilation, case.channels)
-        for_input, for_weight = torch.autograd.grad(output, (seen, w), t2)
-        (scaled,) = torch.autograd.grad(
-            F.conv2d(
-                F.pad(seen, case.padding),
-                w * scale.to(w.dtype).view(-1, 1, 1, 1),
-                None,
-                stride,
-                0,
-                dilation,
-                case.channels,
-            ),
-            seen,
-            t2,
-        )
-        del for_input
-        return scaled, for_weight.flatten(1).t(), t2.sum((0, 2, 3))
+        (for_weight,) = torch.autograd.grad(output, w, t2)
+        w = w.detach() * channelwise(scale, w).view(-1, 1, 1, 1)
+        output = F.conv2d(F.pad(seen, case.padding), w, None, stride, 0, dilation, case.channels)
+        (for_input,) = torch.autograd.grad(output, seen, t2)
+        return for_input, for_weight.flatten(1).t(), t2.sum((0, 2, 3))
 
     tensors = (input, weight, z, upstream, gate, offset, *vectors)
     due = plain(*(tensor.double() for tensor in tensors))
@@ -387,22 +392,22 @@ def test_memory_and_determinism(monkeypatch, configure, stride):
 
 BROKEN = {
     "wrong tap": (
-        depthwise_conv,
+        depthwise_conv_kernel,
         "taps[(STRIDE_Y * d + phase) * KERNEL_X + j]",
         "taps[(STRIDE_Y * d + phase) * KERNEL_X + KERNEL_X - 1 - j]",
     ),
     "wrong tail": (
-        depthwise_conv,
+        depthwise_conv_kernel,
         "last = tl.minimum(first + rows, out_height)",
         "last = tl.minimum(first + rows, out_height - 1)",
     ),
     "missing mask": (
-        depthwise_conv,
+        depthwise_conv_kernel,
         "tl.store(lanes + s * channels, value, mask=inside)",
         "tl.store(lanes + s * channels, value, mask=out_x < out_width)",
     ),
     "wrong row": (
-        gradients,
+        depthwise_conv_gradient_kernels,
         "window[i // STRIDE_Y * COLUMNS + s] * values",
         "window[(DEPTH - 1 - i // STRIDE_Y) * COLUMNS + s] * values",
     ),
@@ -426,9 +431,10 @@ def mutant(module: ModuleType, path: Path, old: str, new: str) -> ModuleType:
 def test_broken_kernels_are_caught(monkeypatch, tmp_path, configure, name):
     module, old, new = BROKEN[name]
     changed = mutant(module, tmp_path / "mutant.py", old, new)
-    for attribute in ("_convolve_kernel", "_weight_gradient_kernel"):
-        if hasattr(changed, attribute):
-            monkeypatch.setattr(module, attribute, getattr(changed, attribute))
+    if module is depthwise_conv_kernel:
+        monkeypatch.setattr(depthwise_conv, "convolve_kernel", changed.convolve_kernel)
+    else:
+        monkeypatch.setattr(gradients, "weight_gradient_kernel", changed.weight_gradient_kernel)
     case = Case(batch=2, channels=8, size=(5, 9), kernel=3, stride=1, padding="same", dilation=1)
     configure(streamed=True, rows=2)
     args, _ = arguments(case, torch.float32, "cpu")
