@@ -15,7 +15,7 @@ read the weights once. At 256 images 16 · 18 programs read 36 MB out of the L2:
 program for each image and slice would read 590 MB. A first matrix of more than 256 KB (B4's and
 B7's last blocks) gets a kernel of its own in front, 16 hidden values a program.
 
-As compiled for sm_90 (no GPU has run it), R = 48, bfloat16: 125 registers in 16 warps for one image,
+As compiled for sm_90 (no GPU has run it), R = 48, bfloat16: 125 registers in 16 warps for an image,
 79 in 4 warps for 16. Tried: the mean as a [1, channels] tile, which made Triton send the matrix
 through shared memory to a layout of scalar rows: 1848 instructions where there are now 528.
 """
