@@ -105,8 +105,8 @@ def heuristic(problem: DepthwiseProblem, device: Device) -> DepthwiseConfig:
     strided_weight = problem.name == "weight_gradient" and max(problem.stride) > 1
     if tuned and not wide and (size <= 3 and not strided_weight or inference and size <= 5):
         config = replace(config, registers=168)
-    if strided_weight and size > 3:
-        config = replace(config, columns=4 if problem.itemsize < 4 else 2)  # else float32 spills
+    if strided_weight and size > 3 and (problem.itemsize == 4 or problem.operand == "gradient"):
+        config = replace(config, columns=2)  # else float32 spills, and what has two prologues
     enough = 8 * device.processors
     while config.rows > 4 and config.programs(problem) < enough:
         config = replace(config, rows=-(-config.rows // 2))

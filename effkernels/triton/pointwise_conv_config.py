@@ -172,6 +172,8 @@ def weight_heuristic(problem: WeightProblem, device: Device) -> WeightConfig:
     num_warps = 8 if outputs + channels > 128 else 4 if two_bytes else 2
     stages = 3 if two_bytes else 2
     most = _most_registers(num_warps, device)
+    if "plain" not in (p.upstream_prologue, p.input_prologue) and num_warps == 8:
+        most = _ALL_REGISTERS  # two prologues (a block in training) spill at 128
     return WeightConfig(outputs, channels, block_rows, splits, num_warps, stages, most)
 
 

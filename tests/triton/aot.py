@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +69,9 @@ def _run_on_meta() -> torch.library.Library:
     return library
 
 
-def network_calls(op: str) -> Iterator[Callable[[], Any]]:
+def network_calls(op: str, networks: Sequence[str] = NETWORKS) -> Iterator[Callable[[], Any]]:
     """Forward and backward passes of ``op`` on the real networks' layers, every dtype."""
-    layers = {layer for name in NETWORKS for layer in read_layers(name) if layer.op == op}
+    layers = {layer for name in networks for layer in read_layers(name) if layer.op == op}
     distinct = {dataclasses.replace(layer, count=1, in_block=False) for layer in layers}
     for layer in sorted(distinct, key=str):
         for dtype in DTYPES:

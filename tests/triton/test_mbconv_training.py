@@ -27,7 +27,8 @@ KEEP = torch.tensor([0.0, 1.25, 1.5])
 
 
 def aot_calls() -> Iterator[Callable[[], Any]]:
-    for name in ("efficientnet_b0", "efficientnet_b4", "mobilenet_v2"):
+    # What a block is made of is compiled for all networks by those ops' own tests.
+    for name in ("efficientnet_b0", "mobilenet_v2"):
         layers = {dataclasses.replace(n, count=1) for n in read_layers(name) if n.op == "mbconv"}
         for layer in sorted(layers, key=str):
             for dtype in DTYPES:
