@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import inspect
 import json
 import os
 import subprocess
@@ -12,7 +10,6 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -40,6 +37,7 @@ from tests.ops._cases import (
     same_bits,
 )
 from tests.triton import aot
+from tests.triton.cases import broken_module
 
 # Tiles about as small as tests' tensors; a GPU's dot needs 16 of everything.
 CONFIGS = {
@@ -369,20 +367,6 @@ BROKEN = {
 }
 FLAT = {"wrong tap", "last product forgotten"}  # need steps that do not divide the channels
 SPLIT = {"one part not added"}
-
-
-def broken_module(path: Path, name: str, old: str, new: str) -> ModuleType:
-    """``effkernels.triton.<name>`` with a mistake in it."""
-    source = inspect.getsource(importlib.import_module(f"effkernels.triton.{name}"))
-    assert old in source
-    file = path / "broken.py"
-    file.write_text(source.replace(old, new))
-    spec = importlib.util.spec_from_file_location("effkernels.triton.broken", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # Triton looks there for what a kernel calls
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("mistake", BROKEN)

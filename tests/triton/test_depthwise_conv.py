@@ -1,14 +1,12 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -24,8 +22,6 @@ from effkernels.testing import assert_close_to, assert_matches
 from effkernels.triton import (
     depthwise_conv,
     depthwise_conv_config,
-    depthwise_conv_gradient_kernels,
-    depthwise_conv_kernel,
 )
 from effkernels.triton import depthwise_conv_gradient as gradients
 from effkernels.triton.operands import Forward, Gradient
@@ -38,6 +34,7 @@ from tests.ops._cases import (
     same_bits,
 )
 from tests.triton import aot
+from tests.triton.cases import broken_module
 
 # Calls of training, which the networks' layers do not make: prologues, statistics, sums.
 TRAINING = ((256, 144, 56, 3, 1), (256, 96, 112, 3, 2), (256, 672, 14, 5, 1), (256, 144, 56, 5, 2))
@@ -392,46 +389,34 @@ def test_memory_and_determinism(monkeypatch, configure, stride):
 
 BROKEN = {
     "wrong tap": (
-        depthwise_conv_kernel,
+        "depthwise_conv_kernel",
         "taps[(STRIDE_Y * d + phase) * KERNEL_X + j]",
         "taps[(STRIDE_Y * d + phase) * KERNEL_X + KERNEL_X - 1 - j]",
     ),
     "wrong tail": (
-        depthwise_conv_kernel,
+        "depthwise_conv_kernel",
         "last = tl.minimum(first + rows, out_height)",
         "last = tl.minimum(first + rows, out_height - 1)",
     ),
     "missing mask": (
-        depthwise_conv_kernel,
+        "depthwise_conv_kernel",
         "tl.store(lanes + s * channels, value, mask=inside)",
         "tl.store(lanes + s * channels, value, mask=out_x < out_width)",
     ),
     "wrong row": (
-        depthwise_conv_gradient_kernels,
+        "depthwise_conv_gradient_kernels",
         "window[i // STRIDE_Y * COLUMNS + s] * values",
         "window[(DEPTH - 1 - i // STRIDE_Y) * COLUMNS + s] * values",
     ),
 }
 
 
-def mutant(module: ModuleType, path: Path, old: str, new: str) -> ModuleType:
-    """``module`` with one piece of its text replaced."""
-    text = Path(str(module.__file__)).read_text()
-    assert text.count(old) == 1, f"{old!r} is {text.count(old)} times in {module.__name__}"
-    path.write_text(text.replace(old, new))
-    spec = importlib.util.spec_from_file_location(f"{module.__name__}_mutant", path)
-    assert spec is not None and spec.loader is not None
-    changed = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(changed)
-    return changed
-
-
 @INTERPRETED
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_kernels_are_caught(monkeypatch, tmp_path, configure, name):
     module, old, new = BROKEN[name]
-    changed = mutant(module, tmp_path / "mutant.py", old, new)
-    if module is depthwise_conv_kernel:
+    changed = broken_module(tmp_path, module, old, new)
+    if module == "depthwise_conv_kernel":
         monkeypatch.setattr(depthwise_conv, "convolve_kernel", changed.convolve_kernel)
     else:
         monkeypatch.setattr(gradients, "weight_gradient_kernel", changed.weight_gradient_kernel)
@@ -454,6 +439,7 @@ import dataclasses
 import torch
 from effkernels.triton.promises import Promise
 from tests.triton import aot
+from tests.triton.cases import broken_module
 from tests.triton.test_depthwise_conv import _train
 
 launches = aot.launches([lambda: _train(torch.bfloat16, 64, 64, 56, 3, 1)], aot.H100)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,10 +12,11 @@ from torch import Tensor
 from benchmarks.shapes import read_layers
 from effkernels import ops
 from effkernels.ops import MBConvGeometry, MBConvParameters
+from effkernels.testing import assert_matches
 from effkernels.triton import DTYPES, expand_depthwise, launch, mbconv, mbconv_config
 from tests.ops._cases import Arguments, Case, Draw, assert_parity, gradient_function, pairwise
 from tests.triton import aot
-from tests.triton.cases import few_dtypes
+from tests.triton.cases import broken_module, few_dtypes
 
 AXES = {
     "batch": (2, 3),
@@ -50,7 +52,8 @@ def aot_calls() -> Iterator[Callable[[], Any]]:
     # every band that could be chosen: they are the same kernel
     for layer in read_layers("efficientnet_b4"):
         if layer.op == "mbconv":
-            for dtype, precision in zip((*DTYPES, torch.float32), 3 * ["tf32"] + ["tf32x3"]):
+            exact = (torch.float32, "tf32x3")
+            for dtype, precision in [*((dtype, "tf32") for dtype in DTYPES), exact]:
                 yield lambda layer=layer, dtype=dtype, precision=precision: _fused(
                     layer, dtype, precision
                 )
@@ -141,6 +144,32 @@ def test_matches_reference(monkeypatch, device, dtype, case):
         return (case,), {name: tensor.to(device) for name, tensor in tensors.items()}
 
     assert_parity("triton", run, arguments)
+
+
+BROKEN = {
+    "wrong tap": ("j * DILATION_WIDTH", "(KERNEL_WIDTH - 1 - j) * DILATION_WIDTH"),
+    "no zeros around the image": ("tl.where(inside[:, None], activate", "tl.where(True, activate"),
+    "a row of the next band": ("(row < band_rows) & (", "(row < band_rows - 1) & ("),
+    "sums of other bands' rows": ("tl.where(wanted[:, None], result, 0.0)", "result"),
+}
+
+
+@pytest.mark.parametrize("mistake", BROKEN)
+def test_mistakes_are_caught(monkeypatch, device, tmp_path, mistake):
+    force(monkeypatch, 3)
+    changes = {"outputs": 16, "kernel": 3, "stride": 1, "padding": "same", "affine": True}
+    case = Case(**{**vars(GRADIENT_CASE), **changes, "expanded": 40, "size": (7, 6)})
+
+    def check() -> None:
+        tensors = tensors_of(case, Draw(3))
+        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+        assert_matches(partial(run, case), backend="triton", **tensors)
+
+    check()
+    module = broken_module(tmp_path, "expand_depthwise", *BROKEN[mistake])
+    monkeypatch.setattr(mbconv, "expand_depthwise", module.expand_depthwise)
+    with pytest.raises(AssertionError):
+        check()
 
 
 GRADIENT_CASE = Case(
