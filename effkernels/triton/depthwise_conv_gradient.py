@@ -29,6 +29,7 @@ strided input gradient 5x5: 20 (38 while each output row loaded and transformed 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -217,7 +218,7 @@ def weight_gradient(
             forward.shift,
             forward.gate,
         )
-        operands = {
+        operands: dict[str, Any] = {
             "OPERAND": "plain" if gradient == _PLAIN else "gradient",
             "AFFINE": gradient.scale is not None,
             "ACTIVATION": gradient.activation,
@@ -288,7 +289,8 @@ def _problem(
     kind = "gradient" if isinstance(seen, Gradient) else "forward"
     return DepthwiseProblem(
         name,
-        *upstream.shape[:2],
+        upstream.shape[0],
+        upstream.shape[1],
         size[0],
         size[1],
         (kernel[0], kernel[1]),
