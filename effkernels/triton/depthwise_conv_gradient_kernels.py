@@ -1,5 +1,8 @@
 """The kernels of `depthwise_conv_gradient`, which says what they compute and why they are so."""
 
+# mypy: ignore-errors
+# (what is inside kernels is Triton's language, not Python's)
+
 from __future__ import annotations
 
 import triton.language as tl

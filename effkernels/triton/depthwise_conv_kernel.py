@@ -1,5 +1,8 @@
 """The kernel of `depthwise_conv`, which says what it computes and why it is the way it is."""
 
+# mypy: ignore-errors
+# (what is inside kernels is Triton's language, not Python's)
+
 from __future__ import annotations
 
 import triton

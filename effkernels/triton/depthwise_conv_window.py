@@ -6,6 +6,9 @@ thread so has the same few channels of all columns of its strip, and moving the 
 costs no instruction: it only takes another tensor.
 """
 
+# mypy: ignore-errors
+# (what is inside kernels is Triton's language, not Python's)
+
 from __future__ import annotations
 
 import triton
