@@ -232,6 +232,7 @@ def apply(
     """
     output = empty_nhwc(input, *input.shape[1:])
     gate = None
+    vectors: tuple[Tensor | None, ...]
     if isinstance(operand, Normalization):
         vectors = (operand.mean, operand.var, operand.weight, operand.bias)
         inner, eps = "none", operand.eps
@@ -287,6 +288,7 @@ def differentiate(
     output, residual_output = (
         empty_nhwc(upstream, *upstream.shape[1:]) if need else None for need in needed
     )
+    vectors: tuple[Tensor | None, ...]
     if normalization is not None:
         vectors = (
             normalization.mean,

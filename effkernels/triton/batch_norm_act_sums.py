@@ -22,7 +22,7 @@ step; sums with SiLU 95, 20 warps, with a gate and an offset 136, 12 warps.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -376,7 +376,7 @@ def statistics(input: Tensor) -> tuple[Tensor, Tensor]:
     problem = sum_problem(input, 1)
     rows, channels = problem.rows, problem.channels
     device = device_of(input)
-    float32 = {"dtype": torch.float32, "device": input.device}
+    float32: dict[str, Any] = {"dtype": torch.float32, "device": input.device}
 
     def run(config: SumConfig) -> tuple[Tensor, Tensor]:
         block_rows = max(triton.cdiv(rows, config.blocks), 1)

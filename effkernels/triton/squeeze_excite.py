@@ -193,7 +193,7 @@ def squeeze_excite_gate_backward(
         return (None,) * len(arguments)
     mean, *rest = arguments
     wanted = (False, *needed[:5])
-    results = gate_backward(upstream, mean, 1.0, *rest, wanted, mean.dtype)
+    results = gate_backward(upstream, mean, 1.0, *rest, needed=wanted, mean_dtype=mean.dtype)
     return (*results[1:], None, None)
 
 
@@ -230,7 +230,7 @@ def squeeze_excite_backward(
     factor = 1 / (input.shape[2] * input.shape[3])
     sums, products = (_whole(partials) for partials in pool(input, upstream=upstream))
     wanted = (needed[0], *needed[:5])
-    results = gate_backward(products, sums, factor, *rest, wanted)
+    results = gate_backward(products, sums, factor, *rest, needed=wanted)
     input_gradient = None
     if needed[0]:
         operand = Gradient(gate=results.gate, offset=results.mean)

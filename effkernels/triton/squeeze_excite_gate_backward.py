@@ -24,7 +24,7 @@ bytes at best; the whole of it in the second's tiles: 2.8 KB; tiles of 32 x 32 t
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -301,7 +301,7 @@ def gate_backward(
         room(needed[4], expand_weight),
         room(needed[5], expand_bias),
     )
-    float32 = {"dtype": torch.float32, "device": device}
+    float32: dict[str, Any] = {"dtype": torch.float32, "device": device}
     hidden = torch.empty((images, reduced), **float32)
     hidden_gradient = torch.empty((images, reduced), **float32)
     expanded = torch.empty((images, channels), **float32)
