@@ -11,13 +11,13 @@ the L2: the work is latency. No program can wait for another, so each computes t
 vector of its images, which costs it the first matrix (110 KB, about 55 bytes a clock: 1.2 µs), and
 64 channels of the gate. A small batch takes one image a program and multiplies on CUDA cores,
 whose loads need no way through shared memory; of a batch of more than 8, 16 images at a time go
-to tensor cores together and read the weights once. At 256 images 16 · 18 programs read 36 MB out of the L2: 7 µs where a
-program for each image and slice would read 590 MB. A first matrix of more than 256 KB (B4's and
-B7's last blocks) gets a kernel of its own in front, 16 hidden values a program.
+to tensor cores together and read the weights once. At 256 images 16 · 18 programs read 36 MB out
+of the L2, where a program for each image and slice would read 590 MB. A first matrix of more than
+256 KB (B4's and B7's last blocks) gets a kernel of its own in front, 16 hidden values a program.
 
 As compiled for sm_90 (no GPU has run it), R = 48, bfloat16: 125 registers in 16 warps for one
-image, 79 in 4 warps for 16. Tried: the mean as a [1, channels] tile, which made Triton send the matrix
-through shared memory to a layout of scalar rows: 1848 instructions where there are now 528.
+image, 79 in 4 warps for 16. Tried: the mean as a [1, channels] tile, which made Triton send the
+matrix through shared memory to a layout of scalar rows: 1848 instructions where there are now 528.
 """
 
 from __future__ import annotations

@@ -270,6 +270,7 @@ def gate_backward(
     expand_bias: Tensor | None,
     activation: str,
     gate_activation: str,
+    *,
     needed: tuple[bool, ...],
     mean_dtype: torch.dtype = torch.float32,
 ) -> GateGradients:
