@@ -1,4 +1,4 @@
-"""The kernels between the spatial mean and the gate, and their gradients.
+"""The kernels between the spatial mean and the gate.
 
     hidden[n] = reduce_weight · mean[n] + reduce_bias                                     [R]
     gate[n]   = gate_activation(expand_weight · activation(hidden[n]) + expand_bias)      [C]
@@ -10,10 +10,10 @@ Moves: the weights, 221 KB at B0's last blocks (1152 channels, 48 of them reduce
 the L2: the work is latency. No program can wait for another, so each computes the whole hidden
 vector of its images, which costs it the first matrix (110 KB, about 55 bytes a clock: 1.2 µs), and
 64 channels of the gate. A small batch takes one image a program and multiplies on CUDA cores,
-whose loads need no way through shared memory; 16 images and more go to tensor cores together and
-read the weights once. At 256 images 16 · 18 programs read 36 MB out of the L2: 7 µs where a
-program for each image and slice would read 590 MB. A first matrix of more than 256 KB (B4's and
-B7's last blocks) gets a kernel of its own in front, 16 hidden values a program.
+whose loads need no way through shared memory; of a batch of more than 8, 16 images at a time go
+to tensor cores together and read the weights once. At 256 images 16 · 18 programs read 36 MB out
+of the L2, where a program for each image and slice would read 590 MB. A first matrix of more than
+256 KB (B4's and B7's last blocks) gets a kernel of its own in front, 16 hidden values a program.
 
 As compiled for sm_90 (no GPU has run it), R = 48, bfloat16: 125 registers in 16 warps for an image,
 79 in 4 warps for 16. Tried: the mean as a [1, channels] tile, which made Triton send the matrix
@@ -339,7 +339,12 @@ def gate(
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
         }
-        sizes = (blocks, channels // vectors[0], reduced // vectors[1], float(factor))
+        sizes: tuple[Any, ...] = (
+            blocks,
+            channels // vectors[0],
+            reduced // vectors[1],
+            float(factor),
+        )
         if config.images > 1:
             run_kernel = _tile_kernel
             sizes = (images, *sizes)
