@@ -11,7 +11,7 @@ setup(
         *(f"effkernels.models.{name}" for name in find_packages("models")),
     ],
     package_dir={"effkernels.models": "models"},
-    package_data={"effkernels": ["py.typed"]},
+    package_data={"effkernels": ["py.typed", "triton/tables/*.json"]},
     distclass=PlatformDistribution,
     cmdclass={"build": Build, "build_native": BuildNative, "bdist_wheel": BdistWheel},
 )
