@@ -102,10 +102,11 @@ def heuristic(problem: DepthwiseProblem, device: Device) -> DepthwiseConfig:
         strips=4 if size > 3 else 16 if four_channels else 8,
         channels=64 if size > 3 else 32,
     )
-    strided_weight = problem.name == "weight_gradient" and max(problem.stride) > 1
-    if tuned and not wide and (size <= 3 and not strided_weight or inference and size <= 5):
+    weight = problem.name == "weight_gradient"
+    if tuned and not wide and (size <= 3 and not weight or inference and size <= 5):
         config = replace(config, registers=168)
-    if strided_weight and size > 3 and (problem.itemsize == 4 or problem.operand == "gradient"):
+    narrow = problem.itemsize == 4 or problem.operand == "gradient"
+    if weight and max(problem.stride) > 1 and size > 3 and narrow:
         config = replace(config, columns=2)  # else float32 spills, and what has two prologues
     enough = 8 * device.processors
     while config.rows > 4 and config.programs(problem) < enough:
@@ -116,7 +117,7 @@ def heuristic(problem: DepthwiseProblem, device: Device) -> DepthwiseConfig:
         config = replace(config, num_warps=warps, strips=config.strips * warps // 4)
         while config.programs(problem) > 2 * enough:
             config = replace(config, rows=2 * config.rows)
-    if problem.moments or problem.name == "weight_gradient":
+    if problem.moments or weight:
         items = config.programs(problem) // (4 * device.processors)
         config = replace(config, items=max(1, items))
     return config
