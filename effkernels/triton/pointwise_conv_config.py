@@ -90,6 +90,8 @@ def product_heuristic(problem: ProductProblem, device: Device) -> ProductConfig:
         narrow, summed = _width(p.outputs, 64, 32), p.mean or p.correlation
         if one_step and not summed and tiles(rows, narrow) >= 4 * _RESIDENT * device.processors:
             channels = _covering(p.channels, 16, 64)
+            if p.moments and not two_bytes and device.capability[0] >= 10:
+                most = _ALL_REGISTERS  # sm_100 takes the product out of tensor memory at once
             return ProductConfig(rows, narrow, channels, num_warps, 3, most, stream=True)
         return ProductConfig(rows, outputs, channels, num_warps, 3, most)
     outputs = min(outputs, 64)
@@ -235,7 +237,8 @@ def promise(launch: Launch) -> Promise:
         return Promise(warps=48, vector_loads=is_vectored(launch, "OUTPUT_VECTOR"))
     if name == "_materialize_kernel":
         return Promise(48, is_vectored(launch), is_vectored(launch))
-    warps = {2: 8, 4: 12, 8: 16 if launch.max_registers == _REGISTERS else 8}[launch.num_warps]
+    limited = launch.max_registers != _ALL_REGISTERS
+    warps = {2: 8, 4: 12 if limited else 8, 8: 16 if limited else 8}[launch.num_warps]
     vector_loads = is_vectored(launch) and is_vectored(launch, "OUTPUT_VECTOR")
     if name == "_weight_gradient_kernel":
         return Promise(warps, vector_loads, is_vectored(launch), tensor_cores=True)

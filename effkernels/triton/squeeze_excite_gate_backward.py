@@ -328,6 +328,7 @@ def gate_backward(
             channel_vectors,
             reduced_vectors,
             float(factor),
+            max_registers=255,  # left alone the assembler spills two to fit another block
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             IMAGES=16,
