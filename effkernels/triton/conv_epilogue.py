@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from .language import activate, kernel, row_offsets, slope
+from .language import activate, kernel, rounded, row_offsets, slope
 
 
 @kernel
@@ -57,7 +57,8 @@ def _epilogue_kernel(
         x = x + tl.load(bias_ptr + channel, mask=mask, other=0.0).to(tl.float32)
     if residual_ptr is not None:
         x = x + tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(output_ptr + offsets, activate(x, ACTIVATION), mask=mask)
+    value = rounded(activate(x, ACTIVATION), output_ptr.dtype.element_ty)
+    tl.store(output_ptr + offsets, value, mask=mask)
 
 
 @kernel
@@ -113,9 +114,10 @@ def _gradient_kernel(
         if bias_sums_ptr is not None:
             bias_sums += t
         if t_ptr is not None:
-            tl.store(t_ptr + offsets, t, mask=mask)
+            tl.store(t_ptr + offsets, rounded(t, t_ptr.dtype.element_ty), mask=mask)
         if scaled_ptr is not None:
-            tl.store(scaled_ptr + offsets, t * scale, mask=mask)
+            scaled = rounded(t * scale, scaled_ptr.dtype.element_ty)
+            tl.store(scaled_ptr + offsets, scaled, mask=mask)
     sums = part.to(tl.int64) * channels + n
     if bias_sums_ptr is not None:
         tl.store(bias_sums_ptr + sums, tl.sum(bias_sums, 0), mask=n < channels)

@@ -48,7 +48,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .language import activate, dot, kernel, row_offsets
+from .language import activate, dot, kernel, rounded, row_offsets
 
 _OUTSIDE = tl.constexpr(-(2**30))  # a row or column that no tap brings back into the image
 
@@ -91,7 +91,8 @@ def store(
         x = x + bias[None, :]
     if residual_ptr is not None:
         x = x + tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(output_ptr + offsets, activate(x, ACTIVATION), mask=mask)
+    value = rounded(activate(x, ACTIVATION), output_ptr.dtype.element_ty)
+    tl.store(output_ptr + offsets, value, mask=mask)
 
 
 @kernel

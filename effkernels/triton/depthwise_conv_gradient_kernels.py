@@ -15,7 +15,7 @@ from .depthwise_conv_window import (
     operand_row,
     operand_vectors,
 )
-from .language import kernel
+from .language import kernel, rounded
 
 
 @kernel
@@ -152,7 +152,7 @@ def strided_input_gradient_kernel(
                             total += taps[i * KERNEL_X + j] * value
                     tl.store(
                         row_lanes + column * channels,
-                        total,
+                        rounded(total, row_lanes.dtype.element_ty),
                         mask=is_inside(out_x + column, writable),
                     )
 

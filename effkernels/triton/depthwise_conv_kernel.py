@@ -17,7 +17,7 @@ from .depthwise_conv_window import (
     operand_row,
     operand_vectors,
 )
-from .language import activate, kernel
+from .language import activate, kernel, rounded
 
 
 @kernel
@@ -457,7 +457,7 @@ def _emit(
     for s in tl.static_range(COLUMNS):
         inside = is_inside(out_x + s, out_width)
         value = activate(totals[s] + bias, ACTIVATION)
-        tl.store(lanes + s * channels, value, mask=inside)
+        tl.store(lanes + s * channels, rounded(value, lanes.dtype.element_ty), mask=inside)
         if MEANS != "none" or MOMENTS:
             row_sum += tl.where(inside, value, 0.0)
         values = values + (value,)

@@ -252,7 +252,10 @@ def expand_depthwise(
         kernel[0],
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        max_registers=65536 // (32 * config.num_warps * config.programs),
+        # Three products in place of one, on operands split in registers, leave no room for another.
+        max_registers=255
+        if precision == "tf32x3"
+        else 65536 // (32 * config.num_warps * config.programs),
         VECTOR=vector,
         KERNEL_HEIGHT=kernel[0],
         KERNEL_WIDTH=kernel[1],

@@ -107,7 +107,8 @@ def promise(launch: Launch) -> Promise:
     vectored = is_vectored(launch)
     if name == "_image_sums_kernel":
         return Promise(warps=16, vector_loads=vectored)
-    return Promise(warps=16, vector_loads=vectored, vector_stores=vectored, tensor_cores=True)
+    warps = 8 if dict(launch.constants)["PRECISION"] == "tf32x3" else 16
+    return Promise(warps, vector_loads=vectored, vector_stores=vectored, tensor_cores=True)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import torch
 
 from effkernels import ops
@@ -26,3 +29,21 @@ def test_other_code_keeps_them(native_kernels: str) -> None:
     small = torch.full((1 << 20,), TINY)
     assert float(torch.tensor(TINY) * 0.5) > 0.0
     assert bool((small * 0.5 > 0.0).all())
+
+
+def test_new_threads_keep_them(native_kernels: str) -> None:
+    """A process whose pool is started by one of our ops."""
+    code = f"""
+import subprocess
+import sys
+
+import torch
+from effkernels import ops
+torch.set_num_threads(1)
+x = torch.randn(4, 64, 56, 56).to(memory_format=torch.channels_last)
+torch.set_num_threads(2)
+ops.depthwise_conv(x, torch.randn(64, 1, 3, 3))
+small = torch.full((1 << 20,), {TINY})
+assert bool((small * 0.5 > 0.0).all())
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

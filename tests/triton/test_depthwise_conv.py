@@ -400,8 +400,8 @@ BROKEN = {
     ),
     "missing mask": (
         "depthwise_conv_kernel",
-        "tl.store(lanes + s * channels, value, mask=inside)",
-        "tl.store(lanes + s * channels, value, mask=out_x < out_width)",
+        "element_ty), mask=inside)",
+        "element_ty), mask=out_x < out_width)",
     ),
     "wrong row": (
         "depthwise_conv_gradient_kernels",
