@@ -157,11 +157,15 @@ def select(operator: Operator, arguments: tuple[Any, ...]) -> Implementation:
     raise AssertionError("the reference backend runs every call")
 
 
+def backends_for(input: Tensor) -> tuple[str, ...]:
+    """The backends that may run ops on ``input``, in the order that they are asked in."""
+    choice = requested()
+    return AUTO_ORDER.get(input.device.type, DEFAULT_ORDER) if choice == "auto" else (choice,)
+
+
 def runs_on(op: str, backend: str, input: Tensor) -> bool:
     """Whether ``op`` of ``input`` runs on ``backend`` here, as far as ``input`` decides."""
-    choice = requested()
-    order = AUTO_ORDER.get(input.device.type, DEFAULT_ORDER)
-    for name in order if choice == "auto" else (choice,):
+    for name in backends_for(input):
         if _why_not(operators[op], name, (input,)) is None:
             return name == backend
     return False

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from . import native
-from .dispatch import AUTO_ORDER, requested
+from .dispatch import backends_for, requested
 from .triton import program as triton
 
 _MODULES = {"native": native, "triton": triton}
@@ -23,9 +23,7 @@ def kernels_for(input: Tensor) -> Any | None:
     that is the reference, which has no kernels."""
     if input.device.type == "meta":
         return None
-    choice = requested()
-    names = AUTO_ORDER.get(input.device.type, ()) if choice == "auto" else (choice,)
-    for name in names:
+    for name in backends_for(input):
         module: Any = _MODULES.get(name)
         if module is None:
             return None
@@ -37,8 +35,7 @@ def kernels_for(input: Tensor) -> Any | None:
 def why_no_kernels(input: Tensor) -> str:
     """Why :func:`kernels_for` gives None for ``input``."""
     choice = requested()
-    names = AUTO_ORDER.get(input.device.type, ()) if choice == "auto" else (choice,)
-    reasons = [_MODULES[name].can_run(input) for name in names if name in _MODULES]
+    reasons = [_MODULES[name].can_run(input) for name in backends_for(input) if name in _MODULES]
     if choice != "auto" and not reasons:
         return f"backend {choice!r} was asked for"
     return "; ".join(filter(None, reasons)) or f"no kernels for {input.device.type}"

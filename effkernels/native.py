@@ -24,7 +24,7 @@ from .program import Program as Program  # one of the names that effkernels/kern
 NAME = "native"  # of this backend
 _PANEL = 16  # output channels side by side in packed weights; csrc/common/gemm.h kPanel
 _NO_GEOMETRY = [1, 1, 1, 1, 1, 1, 0, 0]
-_IMAGE_CHANNELS = 4  # at most; with more, values of a pixel next to each other read faster
+IMAGE_CHANNELS = 4  # at most; with more, values of a pixel next to each other read faster
 MBCONV_RESIDUAL = 16  # place of `residual` among mbconv's arguments after its input
 DTYPES = (torch.float32, torch.bfloat16)
 # ruff: noqa: D103 -- a function here is the op of its name, documented in effkernels/ops
@@ -103,6 +103,12 @@ def variant(input: Tensor) -> str:
 def activation_codes(names: Sequence[str]) -> list[int]:
     """The kernels' numbers of activations."""
     return [_ACTIVATION_CODES[name] for name in names]
+
+
+def activation_names(codes: Sequence[int]) -> list[str]:
+    """The reverse of :func:`activation_codes`."""
+    names = list(_ACTIVATION_CODES)
+    return [names[code] for code in codes]
 
 
 def _float32(vector: Tensor | None) -> Tensor | None:
@@ -329,7 +335,7 @@ def pointwise_conv(
 
 def is_planar(input: Tensor) -> bool:
     """``input`` is best read where it is, in NCHW order: an image, rather than a hidden layer."""
-    return input.shape[1] <= _IMAGE_CHANNELS and input.is_contiguous()
+    return input.shape[1] <= IMAGE_CHANNELS and input.is_contiguous()
 
 
 def pack_conv(input: Tensor, *arguments: Any) -> Packed:

@@ -191,10 +191,10 @@ def stencil(
         by_tile = batch == 1 or column_blocks % config.strips == 0
         if mean or partial_means:
             blocks = triton.cdiv(column_blocks, config.strips) if by_tile else column_blocks
-            sums = _float32(input, batch, blocks * row_blocks, channels)
+            sums = float32_like(input, batch, blocks * row_blocks, channels)
         if moments:
-            counts = _float32(input, programs)
-            partials = _float32(input, programs, 2, channels)
+            counts = float32_like(input, programs)
+            partials = float32_like(input, programs, 2, channels)
         launch(
             convolve_kernel,
             (programs * triton.cdiv(channels, config.channels),),
@@ -266,7 +266,8 @@ def _dense(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.contiguous()
 
 
-def _float32(like: Tensor, *shape: int) -> Tensor:
+def float32_like(like: Tensor, *shape: int) -> Tensor:
+    """An uninitialised float32 tensor of this shape beside ``like``."""
     return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 

@@ -31,13 +31,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import triton
 from torch import Tensor
 
 from ..layout import empty_nhwc, nhwc
 from . import reduce
-from .depthwise_conv import stencil
+from .depthwise_conv import float32_like, stencil
 from .depthwise_conv_config import DepthwiseConfig, DepthwiseProblem, candidates, heuristic
 from .depthwise_conv_gradient_kernels import (
     general_weight_gradient_kernel,
@@ -199,8 +198,8 @@ def weight_gradient(
             pixels = batch * up_height * up_width
             tiles_each = triton.cdiv(triton.cdiv(pixels, config.strips), 64)
             programs = triton.cdiv(triton.cdiv(pixels, config.strips), max(tiles_each, 1))
-        partials = _float32(upstream, programs, size * channels)
-        sums = _float32(upstream, programs, channels) if bias else None
+        partials = float32_like(upstream, programs, size * channels)
+        sums = float32_like(upstream, programs, channels) if bias else None
         tensors = (
             partials,
             sums,
@@ -300,7 +299,3 @@ def _problem(
         "plain" if seen == type(seen)() else kind,
         False,
     )
-
-
-def _float32(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device=like.device)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..layout import output_size
-from ..native import Packed, activation_codes
+from ..native import IMAGE_CHANNELS, Packed, activation_codes, activation_names
 from ..program import Kind, Step, Value, inputs_of
 from . import can_run, function, interpreted
 
@@ -22,9 +22,7 @@ __all__ = ["NAME", "Program", "can_run", "variant"]
 
 NAME = "triton"
 
-_IMAGE_CHANNELS = 4  # at most
 _TAPS = (2, 3, 1, 0)  # axes of a depthwise weight: each tap's channels side by side
-_ACTIVATIONS = ("none", "relu", "relu6", "silu", "hard_swish", "sigmoid", "hard_sigmoid")
 
 
 def variant(input: Tensor) -> str:
@@ -64,7 +62,7 @@ def _pack(
 
 def pack_conv(input: Tensor, weight: Tensor, *arguments: Any) -> Packed:
     # Images have so few channels that their kernel goes over output channels instead.
-    order = (1, 2, 3, 0) if weight.shape[1] <= _IMAGE_CHANNELS else (0, 2, 3, 1)
+    order = (1, 2, 3, 0) if weight.shape[1] <= IMAGE_CHANNELS else (0, 2, 3, 1)
     return _pack(order, input, weight, *arguments)
 
 
@@ -152,7 +150,7 @@ _Run = Callable[[Tensor, Tensor | None], tuple[Tensor | None, Any]]
 def _make_run(step: Step, stored: bool) -> _Run:
     """The step as (input, residual) -> (output, mean); without ``stored`` the output is not read
     and need not be written."""
-    names = [_ACTIVATIONS[code] for code in step.activations]
+    names = activation_names(step.activations)
     weights, geometry = step.weights, _geometry(step)
     if step.kind == Kind.CONV:
         conv = function("conv")
