@@ -9,7 +9,7 @@ Backends
 ``reference``
     Plain PyTorch, the definition of correct. Always available.
 ``native``
-    Compiled C++ on the CPU (portable, AVX2+FMA, AVX-512F, NEON).
+    Compiled C++ on the CPU (portable, AVX2+FMA, AVX-512F, NEON), CUDA C++ on NVIDIA GPUs.
 ``triton``
     Triton kernels on NVIDIA GPUs.
 """
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import triton
+from . import cuda, triton
 
 __all__ = ["Backend", "BackendUnavailable", "backends", "use_backend"]
 
@@ -36,9 +36,9 @@ logger = logging.getLogger("effkernels")
 BACKENDS = ("native", "triton", "reference")
 CHOICES = (*BACKENDS, "auto")
 
-# Measured order per device type; the first backend that can run a call runs it. CPU: the native
+# Order per device type; the first backend that can run a call runs it. CPU, measured: the native
 # kernels beat the reference on every layer of EfficientNet-B0 (see the README's table).
-AUTO_ORDER = {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")}
+AUTO_ORDER = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")}
 DEFAULT_ORDER = ("reference",)
 
 _choice: ContextVar[str | None] = ContextVar("effkernels_backend", default=None)
@@ -78,6 +78,13 @@ class Operator:
     name: str
     overload: torch._ops.OpOverload
     implementations: dict[str, Implementation] = field(default_factory=dict)
+    cuda: Implementation | None = None  # the native backend's on a GPU
+
+    def implementation(self, backend: str, arguments: Sequence[Any]) -> Implementation | None:
+        """What ``backend`` has for a call with these arguments."""
+        if backend == "native" and cuda.takes(arguments[0]):
+            return self.cuda
+        return self.implementations.get(backend)
 
 
 operators: dict[str, Operator] = {}
@@ -121,10 +128,11 @@ def use_backend(name: str) -> Iterator[None]:
 def _native_status() -> Backend:
     from . import native
 
-    error = native.load_error()
-    if error is not None:
-        return Backend(False, error)
-    return Backend(True, f"CPU kernels loaded, instruction set {native.cpu_isa()}")
+    cpu, gpu = native.load_error(), cuda.load_error()
+    on_gpu = gpu or "CUDA kernels loaded"
+    if cpu is not None:
+        return Backend(gpu is None, f"{cpu}; {on_gpu}")
+    return Backend(True, f"CPU kernels loaded, instruction set {native.cpu_isa()}; {on_gpu}")
 
 
 def backends() -> dict[str, Backend]:
@@ -143,36 +151,39 @@ def select(operator: Operator, arguments: tuple[Any, ...]) -> Implementation:
         BackendUnavailable: if a backend was asked for by name and cannot run the call.
     """
     choice = requested()
-    if choice != "auto":
-        reason = _why_not(operator, choice, arguments)
-        if reason is not None:
-            raise BackendUnavailable(f"{operator.name}: backend {choice!r} cannot run: {reason}")
-        return operator.implementations[choice]
-    device_type = arguments[0].device.type
-    for name in AUTO_ORDER.get(device_type, DEFAULT_ORDER):
+    for name in backends_for(arguments[0], operator.name):
         reason = _why_not(operator, name, arguments)
         if reason is None:
-            return operator.implementations[name]
+            found = operator.implementation(name, arguments)
+            assert found is not None
+            return found
+        if choice != "auto":
+            raise BackendUnavailable(f"{operator.name}: backend {choice!r} cannot run: {reason}")
         _log_once(operator.name, name, reason)
     raise AssertionError("the reference backend runs every call")
 
 
-def backends_for(input: Tensor) -> tuple[str, ...]:
-    """The backends that may run ops on ``input``, in the order that they are asked in."""
+def backends_for(input: Tensor, op: str | None = None) -> tuple[str, ...]:
+    """The backends that may run ``op`` (None: whole networks) on ``input``, in the order that they
+    are asked in."""
     choice = requested()
-    return AUTO_ORDER.get(input.device.type, DEFAULT_ORDER) if choice == "auto" else (choice,)
+    if choice != "auto":
+        return (choice,)
+    if op in cuda.BEFORE_TRITON and input.device.type == "cuda":
+        return ("native", "triton", "reference")
+    return AUTO_ORDER.get(input.device.type, DEFAULT_ORDER)
 
 
 def runs_on(op: str, backend: str, input: Tensor) -> bool:
     """Whether ``op`` of ``input`` runs on ``backend`` here, as far as ``input`` decides."""
-    for name in backends_for(input):
+    for name in backends_for(input, op):
         if _why_not(operators[op], name, (input,)) is None:
             return name == backend
     return False
 
 
 def _why_not(operator: Operator, backend: str, arguments: tuple[Any, ...]) -> str | None:
-    implementation = operator.implementations.get(backend)
+    implementation = operator.implementation(backend, arguments)
     if implementation is None:
         return f"no {backend} implementation"
     return implementation.can_run(*arguments)
@@ -198,14 +209,14 @@ def define(
     """Declare ``effkernels::<name>`` and return its overload.
 
     The Triton implementation and its backward are the functions ``<name>`` and ``<name>_backward``
-    of ``effkernels/triton/<op>.py``.
+    of ``effkernels/triton/<op>.py``; those in CUDA C++, of ``effkernels/cuda/<op>.py``.
 
     Args:
         name: the op's one name.
         schema: argument and result types in PyTorch's schema language; no defaults.
         reference: the op in plain, differentiable PyTorch.
         fake: the shape rule, called with fake tensors.
-        native: the compiled implementation, None if there is none.
+        native: the compiled implementation on a CPU, None if there is none.
         backward: the gradient formula ``(arguments, needed, saved, gradients) -> tuple``, or None
             to differentiate ``reference`` (recomputing it in the backward pass). ``saved`` are the
             outputs that ``saves`` names; NotImplemented as a result means the same as None.
@@ -220,6 +231,7 @@ def define(
     operator.implementations["triton"] = Implementation(
         triton.can_run, triton.function(name), triton.function(name, f"{name}_backward")
     )
+    operator.cuda = cuda.implementation(name, Implementation)
     operators[name] = operator
 
     def kernel(*arguments: Any) -> Any:

@@ -13,6 +13,13 @@
 #include "common/types.h"
 #include "conv/conv.h"
 
+// What errors call the library.
+#if defined(EFFKERNELS_CUDA)
+#define EFFKERNELS_LIBRARY "effkernels_cuda: "
+#else
+#define EFFKERNELS_LIBRARY "effkernels_cpu: "
+#endif
+
 namespace effkernels {
 
 using torch::stable::Tensor;
@@ -32,19 +39,23 @@ inline DType dtype_of(const Tensor& tensor) {
       return DType::f32;
     case torch::headeronly::ScalarType::BFloat16:
       return DType::bf16;
+#if defined(EFFKERNELS_CUDA)
+    case torch::headeronly::ScalarType::Half:
+      return DType::f16;
+#endif
     default:
-      STD_TORCH_CHECK(false, "effkernels_cpu: float32 and bfloat16 are accepted");
+      STD_TORCH_CHECK(false, EFFKERNELS_LIBRARY "a dtype that no kernel is for");
   }
 }
 
 inline void check_size(const char* name, const Tensor& tensor, int64_t wanted) {
-  STD_TORCH_CHECK(tensor.numel() == wanted, "effkernels_cpu: ", name, " has ", tensor.numel(),
+  STD_TORCH_CHECK(tensor.numel() == wanted, EFFKERNELS_LIBRARY, name, " has ", tensor.numel(),
                   " values, ", wanted, " are accepted");
 }
 
 inline const float* floats(const char* name, const Tensor& tensor, int64_t size) {
   STD_TORCH_CHECK(tensor.scalar_type() == torch::headeronly::ScalarType::Float,
-                  "effkernels_cpu: ", name, " is not float32");
+                  EFFKERNELS_LIBRARY, name, " is not float32");
   check_size(name, tensor, size);
   return static_cast<const float*>(tensor.const_data_ptr());
 }
@@ -54,7 +65,7 @@ inline const float* floats(const char* name, const OptionalTensor& tensor, int64
 }
 
 inline void* writable(const char* name, const Tensor& tensor, DType dtype, int64_t size) {
-  STD_TORCH_CHECK(dtype_of(tensor) == dtype, "effkernels_cpu: ", name,
+  STD_TORCH_CHECK(dtype_of(tensor) == dtype, EFFKERNELS_LIBRARY, name,
                   " has another dtype than input");
   check_size(name, tensor, size);
   return tensor.mutable_data_ptr();
@@ -62,7 +73,7 @@ inline void* writable(const char* name, const Tensor& tensor, DType dtype, int64
 
 inline const void* residual_of(const OptionalTensor& tensor, DType dtype, int64_t size) {
   if (!tensor) return nullptr;
-  STD_TORCH_CHECK(dtype_of(*tensor) == dtype, "effkernels_cpu: residual has another dtype");
+  STD_TORCH_CHECK(dtype_of(*tensor) == dtype, EFFKERNELS_LIBRARY "residual has another dtype");
   check_size("residual", *tensor, size);
   return tensor->const_data_ptr();
 }
@@ -81,7 +92,7 @@ inline void set_weights(ConvArgs& args, const Tensor& weight, const OptionalTens
   }
   const bool fits = g.kernel_h == 3 && g.kernel_w == 3 && g.stride_h == 1 && g.stride_w == 1 &&
                     g.dilation_h == 1 && g.dilation_w == 1 && !args.planar;
-  STD_TORCH_CHECK(fits, "effkernels_cpu: conv: transformed weights are for 3x3, stride 1, NHWC");
+  STD_TORCH_CHECK(fits, EFFKERNELS_LIBRARY "conv: transformed weights are for 3x3, stride 1, NHWC");
   args.weight = floats("weight", weight, args.out_channels * taps * depth);
   args.tile_width = transformed->size(0) == 16 ? 2 : 4;
   const int64_t matrices = 4 * (args.tile_width + 2);
@@ -94,15 +105,15 @@ inline Images images_of(const Tensor& tensor) {  // [N, C, H, W] by shape
 }
 
 inline Geometry geometry_of(const std::vector<int64_t>& g) {  // effkernels/native.py _geometry
-  STD_TORCH_CHECK(g.size() == 8, "effkernels_cpu: a geometry has 8 numbers");
+  STD_TORCH_CHECK(g.size() == 8, EFFKERNELS_LIBRARY "a geometry has 8 numbers");
   for (size_t i = 0; i < g.size(); i++) {  // padding may be 0, the rest may not
-    STD_TORCH_CHECK(g[i] >= (i < 6 ? 1 : 0), "effkernels_cpu: bad geometry");
+    STD_TORCH_CHECK(g[i] >= (i < 6 ? 1 : 0), EFFKERNELS_LIBRARY "bad geometry");
   }
   return {g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7]};
 }
 
 inline Activation activation_of(int64_t code) {
-  STD_TORCH_CHECK(code >= 0 && code < kActivations, "effkernels_cpu: unknown activation");
+  STD_TORCH_CHECK(code >= 0 && code < kActivations, EFFKERNELS_LIBRARY "unknown activation");
   return static_cast<Activation>(code);
 }
 

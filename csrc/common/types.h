@@ -47,7 +47,11 @@ struct bf16 {
   uint16_t bits;
 };
 
-enum class DType { f32, bf16 };
+struct f16 {
+  uint16_t bits;
+};
+
+enum class DType { f32, bf16, f16 };  // f16: on GPUs only
 
 // The order is part of the interface: effkernels/native.py passes the number.
 enum class Activation : int64_t { none, relu, relu6, silu, hard_swish, sigmoid, hard_sigmoid };

@@ -1,0 +1,117 @@
+"""The native backend on NVIDIA GPUs: kernels in CUDA C++, compute capability 8.0 and later.
+
+``<op>.py`` has the functions ``<op>`` and ``<op>_backward``, which lay tensors out, allocate the
+outputs and call ``effkernels_cuda::<kernel>`` (`csrc/bindings/cuda.cpp`). On a machine without a
+GPU the kernels are tested as host C++ on CPU tensors: see :func:`emulated`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..build_info import why_not_built
+
+# ops -> the file here that has them; without gradient kernels: in _WITHOUT_BACKWARD
+_OPS = {
+    "silu": "silu",
+}
+_WITHOUT_BACKWARD: frozenset[str] = frozenset()
+
+# Ops whose CUDA C++ comes before Triton's in "auto".
+BEFORE_TRITON: frozenset[str] = frozenset()
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OLDEST_CAPABILITY = (8, 0)  # bfloat16 arithmetic, cp.async
+
+_emulating = False
+
+
+@functools.cache
+def load_error() -> str | None:
+    """Why the CUDA kernels cannot be used in this process, or None if they can. Loads them."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    path = Path(__file__).parents[1] / "_cuda.so"
+    if not path.exists():
+        return f"the CUDA kernels were not built: {why_not_built('cuda')}"
+    try:
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
+        return f"{path} cannot be loaded: {error}"
+    return None
+
+
+@functools.cache
+def device_error(index: int) -> str | None:
+    """Why the kernels cannot run on this CUDA device, or None if they can."""
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        return f"{properties.name} is an AMD GPU; NVIDIA GPUs are supported"
+    capability = (properties.major, properties.minor)
+    if capability < OLDEST_CAPABILITY:
+        return (
+            f"{properties.name} has compute capability {capability[0]}.{capability[1]}, "
+            f"{OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]} or later is needed"
+        )
+    return None
+
+
+@contextmanager
+def emulated() -> Iterator[None]:
+    """The native backend takes CPU tensors to an emulated GPU inside the ``with`` block, for tests:
+    ``effkernels_cuda`` must be loaded, compiled as host C++."""
+    global _emulating
+    _emulating = True
+    try:
+        yield
+    finally:
+        _emulating = False
+
+
+def takes(input: Tensor) -> bool:
+    """Whether the native backend means CUDA kernels for this tensor."""
+    return input.device.type == "cuda" or _emulating
+
+
+def can_run(input: Tensor, *rest: Any) -> str | None:
+    """None if the CUDA kernels can run an op on these arguments, else the reason why not."""
+    if not _emulating:
+        error = load_error()
+        if error is not None:
+            return error
+        index = input.device.index
+        error = device_error(torch.cuda.current_device() if index is None else index)
+        if error is not None:
+            return error
+    if input.dtype not in DTYPES:
+        return f"input has dtype {input.dtype}; float32, bfloat16 and float16 are accepted"
+    return None
+
+
+def implementation(op: str, make: Callable[..., Any]) -> Any:
+    """``make(can_run, run, backward)`` of ``op``'s functions here; None if it has none."""
+    if op not in _OPS:
+        return None
+    backward = None if op in _WITHOUT_BACKWARD else _function(_OPS[op], f"{op}_backward")
+    return make(_function(_OPS[op], "can_run"), _function(_OPS[op], op), backward)
+
+
+def _function(module: str, name: str) -> Callable[..., Any]:
+    """``effkernels.cuda.<module>.<name>``, imported when it is first called."""
+
+    @functools.cache
+    def load() -> Callable[..., Any]:
+        found: Callable[..., Any] = getattr(
+            importlib.import_module(f"{__name__}.{module}"), name
+        )
+        return found
+
+    return lambda *arguments: load()(*arguments)
