@@ -4,18 +4,21 @@
 // images) and allocated the outputs. With EFFKERNELS_EMULATED the same ops take CPU tensors, and
 // the kernels run on an emulated GPU: so this file is tested, too.
 #define EFFKERNELS_CUDA
+#include "silu/cuda.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <vector>
 
 #include "bindings/arguments.h"
-#include "silu/cuda.h"
 
 #if defined(EFFKERNELS_EMULATED)
 #include "common/emulation.h"
 #else
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
+
+// Exported by every torch with CUDA; its header declares it only where CUDA's own headers are.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 #endif
 
 namespace effkernels {
