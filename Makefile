@@ -1,6 +1,7 @@
 # make demo       install into .venv and show the library at work
 # make test       the whole test suite
-# make test-asan  the kernel tests once more, under AddressSanitizer and UBSan
+# make test-asan  the kernel tests once more, under AddressSanitizer and UBSan: the CPU's, and the
+#                 CUDA kernels on an emulated GPU
 # make lint       ruff, mypy, clang-format; `make format` repairs what can be repaired
 # make clean      build products; .venv stays
 #
@@ -11,7 +12,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ASAN := build/asan
-CSRC := $(wildcard csrc/*/*.cpp csrc/*/*.h tests/native/*.cpp tests/native/*.h)
+CSRC := $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h tests/*/*.cpp tests/*/*.cu tests/*/*.h)
 
 # One worker per core, one thread per worker.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
@@ -31,12 +32,14 @@ test: $(VENV)/.dev native
 # exceptions; Python itself is not free of leaks. Tests of torch's compiler add nothing here.
 test-asan: $(VENV)/.dev
 	EFFKERNELS_BUILD=cpu $(BIN)/python -m build_tools --sanitize --output $(ASAN)
-	@echo "tests/ops under AddressSanitizer and UndefinedBehaviorSanitizer:"
+	@echo "tests/ops and tests/cuda under AddressSanitizer and UndefinedBehaviorSanitizer:"
 	$(ONE_THREAD) EFFKERNELS_LIBRARY=$(CURDIR)/$(ASAN)/_cpu.so EFFKERNELS_REQUIRE_NATIVE=1 \
-	    EFFKERNELS_HYPOTHESIS_PROFILE=asan \
+	    EFFKERNELS_EMULATION=asan EFFKERNELS_HYPOTHESIS_PROFILE=asan \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	    $(PYTEST) tests/ops -k "not opcheck and not compile" $(PYTEST_FLAGS)
+	    $(PYTEST) tests/ops tests/cuda \
+	    --ignore=tests/cuda/test_compiled.py --ignore=tests/cuda/test_emulation.py \
+	    -k "not opcheck and not compile and not mistakes" $(PYTEST_FLAGS)
 
 lint: $(VENV)/.dev typecheck
 	$(BIN)/ruff check .

@@ -16,7 +16,7 @@ def read_build_info() -> dict[str, Any] | None:
 
     Keys: ``version``, ``requested`` (EFFKERNELS_BUILD), ``machine``, ``torch`` (compiled against)
     and ``modules``: for ``cpu`` and ``cuda`` a dict with ``built`` and ``reason``, and for a built
-    one ``compiler``, ``flags`` and ``isa_flags``.
+    one ``compiler``, ``flags`` and ``isa_flags`` (CPU) or ``architectures`` (CUDA).
     """
     try:
         return json.loads(BUILD_INFO.read_text())

@@ -185,7 +185,8 @@ def runs_on(op: str, backend: str, input: Tensor) -> bool:
 def _why_not(operator: Operator, backend: str, arguments: tuple[Any, ...]) -> str | None:
     implementation = operator.implementation(backend, arguments)
     if implementation is None:
-        return f"no {backend} implementation"
+        on_gpu = " on GPUs" if backend == "native" and cuda.takes(arguments[0]) else ""
+        return f"no {backend} implementation{on_gpu}"
     return implementation.can_run(*arguments)
 
 

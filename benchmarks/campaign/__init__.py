@@ -257,7 +257,7 @@ class Campaign:
         if stage == "autotune":
             return [
                 *(
-                    Task(case.name, layers.tune_layer, (case, *where, plan.backend))
+                    Task(case.name, layers.tune_layer, (case, *where, plan.backends[0]))
                     for case in plan.autotune_layers
                 ),
                 *(
@@ -271,7 +271,7 @@ class Campaign:
         rates, seconds = self.rates(), TIMING_S[stage]
         if stage == "kernels":
             return [
-                Task(case.name, layers.measure_layer, (case, *where, plan.backend, rates, seconds))
+                Task(case.name, layers.measure_layer, (case, *where, plan.backends, rates, seconds))
                 for case in plan.kernels
             ]
         if stage == "inference":

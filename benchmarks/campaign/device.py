@@ -66,14 +66,27 @@ def build(timeout_s: float) -> dict[str, Any]:
         command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps"]
         command += ["--quiet", "--disable-pip-version-check", "-e", "."]
     start = time.monotonic()
-    code, output = run_command(command, timeout_s)
+    capability = os.environ.get("TORCH_CUDA_ARCH_LIST") or _capability()
+    environment = {**os.environ, "TORCH_CUDA_ARCH_LIST": capability} if capability else None
+    code, output = run_command(command, timeout_s, environment)
     return {
         "nvcc": nvcc,
+        "architectures": capability,
         "command": " ".join(command[1:]),
         "exit_code": code,
         "seconds": time.monotonic() - start,
         "output": output[-4000:],
     }
+
+
+def _capability() -> str:
+    """The first GPU's, "9.0", if there is one; this process does not touch it."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return ""
+    query = [tool, "--query-gpu=compute_cap", "--format=csv,noheader", "--id=0"]
+    code, output = run_command(query, 10)
+    return output.strip() if code == 0 else ""
 
 
 def _is_there() -> bool:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import effkernels as ek
+from effkernels.dispatch import operators
 from effkernels.testing import relative_error
 
 from ..gpus import Rates
@@ -31,7 +32,7 @@ from .worker import Row, in_words
 
 FACTOR = 2.0  # our error may be this many times eager's in the same dtype, plus half an epsilon
 SMALL_BATCH = 8  # up to it launching takes longer than computing: calls are captured in a graph
-EAGER, COMPILED, OURS = "eager", "torch.compile", "effkernels"
+EAGER, COMPILED, OURS, CHAIN = "eager", "torch.compile", "effkernels", "unfused"
 TUNING_S = 0.01  # of timing, for one configuration
 
 
@@ -205,7 +206,12 @@ def _plain_block(block: Layer, tensors: dict[str, Tensor]) -> Tensor:
 
 
 def measure_layer(
-    case: LayerCase, device: str, dtype: str, backend: str, rates: Rates, seconds: float
+    case: LayerCase,
+    device: str,
+    dtype: str,
+    backends: Sequence[str],
+    rates: Rates,
+    seconds: float,
 ) -> Iterator[Row]:
     """Check and time one layer by every provider; a row each and one of the control.
 
@@ -213,7 +219,8 @@ def measure_layer(
         case: what.
         device: ``"cuda"`` or ``"cpu"``.
         dtype: of tensors and weights.
-        backend: that our ops run on.
+        backends: that our ops run on: the first as ``effkernels``, others, where they have kernels
+            for the case, by their names, too.
         rates: of the device.
         seconds: for the timing, roughly.
     """
@@ -229,7 +236,7 @@ def measure_layer(
     functions: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {EAGER: run}
     if case.compiled and not case.backward:
         functions[COMPILED] = torch.compile(run, dynamic=False)
-    functions[OURS] = lambda tensors: _ours(case.layer, tensors, backend)
+    functions |= _ours_by_name(case, backends)
     errors, notes, calls = _check(case, functions, tensors)
     memory = Memory(device)
     peaks = {}
@@ -267,6 +274,50 @@ def measure_layer(
                 peak_bytes=peaks.get(same),
             )
         )
+
+
+def _ours_by_name(
+    case: LayerCase, backends: Sequence[str]
+) -> dict[str, Callable[[dict[str, Tensor]], Tensor]]:
+    """The providers that are this library."""
+    first, *others = backends
+    found = {OURS: partial(_ours, case.layer, backend=first)}
+    for backend in others:
+        operator = operators[case.layer.op.split()[0]]
+        kernels = operator.cuda if backend == "native" else operator.implementations[backend]
+        if kernels is not None and (kernels.backward or not case.backward):
+            found[f"{OURS} {backend}"] = partial(_ours, case.layer, backend=backend)
+            if isinstance(case.layer, Layer) and case.layer.op == "mbconv":
+                found[f"{CHAIN} {backend}"] = partial(_chain, case.layer, backend=backend)
+    return found
+
+
+def _chain(block: Layer, tensors: dict[str, Tensor], backend: str) -> Tensor:
+    """The block with an op for each convolution, so that the expanded tensor goes through memory:
+    what a kernel that fuses two of them has to beat."""
+    parts = block_parts(block)
+    own = {
+        name: {
+            key.removeprefix(f"{name}_"): tensor
+            for key, tensor in tensors.items()
+            if key.startswith(f"{name}_")
+        }
+        for name in ("expand", "depthwise", "se", "project")
+    }
+    with ek.use_backend(backend):
+        hidden = tensors["input"]
+        if "expand" in parts:
+            hidden = ek.ops.pointwise_conv(hidden, **own["expand"], activation=block.activation)
+        hidden, mean = ek.ops.depthwise_conv(
+            hidden,
+            **own["depthwise"],
+            stride=block.stride,
+            activation=block.activation,
+            return_mean=True,
+        )
+        gate = ek.ops.squeeze_excite_gate(mean, **own["se"]) if block.se_channels else None
+        residual = tensors["input"] if block.residual else None
+        return ek.ops.pointwise_conv(hidden, **own["project"], gate=gate, residual=residual)
 
 
 def tune_layer(case: LayerCase, device: str, dtype: str, backend: str) -> Iterator[Row]:

@@ -29,7 +29,8 @@ class Plan:
     Attributes:
         device: ``"cuda"``, or ``"cpu"`` for a rehearsal of the machinery.
         dtype: of tensors, of autocast in training.
-        backend: that single layers run on; networks choose by themselves.
+        backends: that single layers run on, those of the first are tuned; networks choose by
+            themselves.
         install: compile and install this checkout first.
         copy_bytes, product_sides: of the ceilings; dtype -> side of the square matrices.
         parity: pytest's arguments.
@@ -41,7 +42,7 @@ class Plan:
 
     device: str
     dtype: str
-    backend: str
+    backends: tuple[str, ...]
     install: bool
     copy_bytes: int
     product_sides: dict[str, int]
@@ -133,12 +134,18 @@ def full_plan() -> Plan:
     return Plan(
         device="cuda",
         dtype="bfloat16",
-        backend="triton",
+        backends=("triton", "native"),
         install=True,
         copy_bytes=2 << 30,
         product_sides={"bfloat16": 8192, "float16": 8192, "tf32": 8192},
         # Ahead-of-time compilation for other GPUs tells nothing here and takes minutes.
-        parity=("tests/triton", "tests/gpu", "-k", "not compiles_as_promised"),
+        parity=(
+            "tests/triton",
+            "tests/cuda",
+            "tests/gpu",
+            "-k",
+            "not as_promised and not mistakes",
+        ),
         kernels=each_once(kernels),
         inference=tuple(inference),
         training=tuple(training),
@@ -175,7 +182,7 @@ def rehearsal_plan() -> Plan:
     return Plan(
         device="cpu",
         dtype="float32",
-        backend="auto",
+        backends=("auto",),
         install=False,
         copy_bytes=1 << 22,
         product_sides={"float32": 256},

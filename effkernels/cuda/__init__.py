@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..build_info import why_not_built
+from ..build_info import read_build_info, why_not_built
 
 # ops -> the file here that has them; without gradient kernels: in _WITHOUT_BACKWARD
 _OPS = {
@@ -61,7 +61,26 @@ def device_error(index: int) -> str | None:
             f"{properties.name} has compute capability {capability[0]}.{capability[1]}, "
             f"{OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]} or later is needed"
         )
+    info = read_build_info()
+    built = info["modules"]["cuda"].get("architectures", []) if info else []
+    if not any(runs_on(name, capability) for name in built):
+        return (
+            f"the CUDA kernels were built for {', '.join(built)}, {properties.name} has "
+            f"{capability[0]}.{capability[1]} (TORCH_CUDA_ARCH_LIST)"
+        )
     return None
+
+
+def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
+    """Whether code for ``architecture``, as TORCH_CUDA_ARCH_LIST has it, runs on this device:
+    machine code within its major version, PTX on everything later, "9.0a" on 9.0 alone."""
+    name = architecture.removesuffix("+PTX")
+    major, minor = (int(part) for part in name.rstrip("af").split("."))
+    if name.endswith("a"):
+        return capability == (major, minor)
+    if architecture.endswith("+PTX") and capability >= (major, minor):
+        return True
+    return capability[0] == major and capability[1] >= minor
 
 
 @contextmanager

@@ -299,7 +299,7 @@ SMALL = {
 def test_our_layers_are_those_of_plain_pytorch(op: str, backward: bool) -> None:
     """For every op: `plain` is written without this library."""
     case = LayerCase("it", SMALL[op], 3, backward)
-    rows = list(measure_layer(case, "cpu", "float32", "reference", H100, 0.001))
+    rows = list(measure_layer(case, "cpu", "float32", ("reference",), H100, 0.001))
     assert [row["provider"] for row in rows] == [EAGER, OURS, CONTROL]
     assert all(row["ms_median"] for row in rows), rows
     assert all(row["case"] == case.label and not row["note"] for row in rows)
@@ -309,7 +309,7 @@ def test_our_layers_are_those_of_plain_pytorch(op: str, backward: bool) -> None:
 @pytest.mark.parametrize("op", ["silu", "batch_norm_act", "batch_norm_act training"])
 def test_elementwise(op: str, backward: bool) -> None:
     case = LayerCase("it", Elementwise(op, 8, 5, 5), 3, backward)
-    rows = list(measure_layer(case, "cpu", "bfloat16", "reference", H100, 0.001))
+    rows = list(measure_layer(case, "cpu", "bfloat16", ("reference",), H100, 0.001))
     assert all(row["ms_median"] for row in rows), rows
     assert rows[0]["bytes"] >= 2 * 3 * 8 * 25 * 2 and rows[0]["flops"] == 0
 
@@ -329,7 +329,7 @@ def test_a_wrong_result_is_not_timed(
 
     monkeypatch.setattr(Layer, "run", wrong)
     case = LayerCase("it", SMALL["conv"], 3)
-    rows = list(measure_layer(case, "cpu", "bfloat16", "reference", H100, 0.001))
+    rows = list(measure_layer(case, "cpu", "bfloat16", ("reference",), H100, 0.001))
     eager, ours, control = rows
     assert eager["ms_median"] and ours["ms_median"] is None
     assert "WRONG" in ours["note"] and control["control_of"] == EAGER
@@ -342,7 +342,7 @@ def test_a_backend_that_cannot_run_is_a_row(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(Layer, "run", refuse)
     for backward in (False, True):
         case = LayerCase("it", SMALL["conv"], 2, backward)
-        rows = list(measure_layer(case, "cpu", "float32", "reference", H100, 0.001))
+        rows = list(measure_layer(case, "cpu", "float32", ("reference",), H100, 0.001))
         assert rows[1]["note"] == "RuntimeError: no such kernel" and rows[0]["ms_median"]
 
 
@@ -350,7 +350,7 @@ def test_compiled_layers_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(torch, "compile", lambda run, **options: asked.append(options) or run)
     case = LayerCase("it", SMALL["conv"], 2, compiled=True)
-    rows = list(measure_layer(case, "cpu", "float32", "reference", H100, 0.001))
+    rows = list(measure_layer(case, "cpu", "float32", ("reference",), H100, 0.001))
     assert [row["provider"] for row in rows] == [EAGER, "torch.compile", OURS, CONTROL]
     assert asked == [{"dynamic": False}]
 
@@ -499,7 +499,7 @@ def test_captured_calls_are_replayed() -> None:
 def test_graphs_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers, "_is_captured", lambda case, device: True)
     case = LayerCase("it", SMALL["conv"], 2)
-    rows = list(measure_layer(case, "cpu", "float32", "reference", H100, 0.001))
+    rows = list(measure_layer(case, "cpu", "float32", ("reference",), H100, 0.001))
     assert all(row["ms_median"] for row in rows), rows
     monkeypatch.setattr(models, "_variants", lambda device: ("", models.GRAPH))
     rows = list(measure_inference(ModelCase(NETWORK, 2), "cpu", "float32", H100, 0.001))
@@ -512,7 +512,7 @@ def test_graphs_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module in (layers, models):
         monkeypatch.setattr(module, "captured", refuse)
-    rows = list(measure_layer(case, "cpu", "float32", "reference", H100, 0.001))
+    rows = list(measure_layer(case, "cpu", "float32", ("reference",), H100, 0.001))
     assert all("cannot be captured" in row["note"] for row in rows[:2])
     assert rows[-1]["note"] == "no provider could be timed"
     rows = list(measure_inference(ModelCase(NETWORK, 2), "cpu", "float32", H100, 0.001))
@@ -606,7 +606,10 @@ def test_committed_targets_name_cases_that_are_measured() -> None:
     """A target that matches no case, or a provider that no case has, would never be missed."""
     plan = full_plan()
     cases = {
-        "kernels": {(case.label, case.batch): {EAGER, OURS} for case in plan.kernels},
+        "kernels": {
+            (case.label, case.batch): {EAGER, *layers._ours_by_name(case, plan.backends)}
+            for case in plan.kernels
+        },
         "inference": {},
         "training": {},
     }
