@@ -469,6 +469,59 @@ def batch_norm_act(
     return output, mean, var
 
 
+def batch_norm_act_backward(
+    arguments: list[Any],
+    needed: list[bool],
+    saved: tuple[Tensor, ...],
+    gradients: tuple[Tensor | None, ...],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of :func:`batch_norm_act` for its arguments; ``saved`` are mean and var."""
+    input, weight, bias, running_mean, running_var, residual, training, eps, activation = arguments
+    upstream, *statistics = gradients
+    if not training:
+        statistics = [None, None]  # those of empty tensors
+    if upstream is None:
+        if statistics == [None, None]:
+            return (None,) * len(arguments)
+        upstream = torch.zeros_like(input)
+    if input.numel() == 0:  # the statistics are NaN
+        return tuple(
+            torch.zeros_like(argument) if need else None
+            for argument, need in zip(arguments, needed, strict=True)
+        )
+
+    def images(need: bool) -> Tensor | None:
+        return empty_nhwc(input, *input.shape[1:]) if need else None
+
+    def vector(need: bool) -> Tensor | None:
+        return torch.empty(input.shape[1], dtype=torch.float32) if need else None
+
+    for_input, for_residual = images(needed[0]), images(needed[5])
+    for_weight, for_bias = vector(needed[1]), vector(needed[2])
+    for_mean, for_var = (vector(need and not training) for need in needed[3:5])
+    mean, var = saved if training else (running_mean, running_var)
+    torch.ops.effkernels_cpu.batch_norm_act_backward(
+        for_input,
+        for_residual,
+        for_weight,
+        for_bias,
+        for_mean,
+        for_var,
+        nhwc(upstream),
+        nhwc(input),
+        _float32(mean),
+        _float32(var),
+        _float32(weight),
+        _float32(bias),
+        None if residual is None else nhwc(residual),
+        *(None if gradient is None else gradient.float().contiguous() for gradient in statistics),
+        training,
+        eps,
+        _ACTIVATION_CODES[activation],
+    )
+    return for_input, for_weight, for_bias, for_mean, for_var, for_residual, None, None, None
+
+
 def depthwise_separable_conv(
     input: Tensor,
     depthwise_weight: Tensor,

@@ -142,6 +142,46 @@ void batch_norm_act(Tensor output, Tensor mean, Tensor var, Tensor input, Option
   batch_norm_act_cpu(args);
 }
 
+float* optional_floats(const char* name, const OptionalTensor& tensor, int64_t size) {
+  return tensor ? static_cast<float*>(writable(name, *tensor, DType::f32, size)) : nullptr;
+}
+
+void batch_norm_act_backward(OptionalTensor input_gradient, OptionalTensor residual_gradient,
+                             OptionalTensor weight_gradient, OptionalTensor bias_gradient,
+                             OptionalTensor mean_gradient, OptionalTensor var_gradient,
+                             Tensor upstream, Tensor input, Tensor mean, Tensor var,
+                             OptionalTensor weight, OptionalTensor bias, OptionalTensor residual,
+                             OptionalTensor upstream_mean, OptionalTensor upstream_var,
+                             bool training, double eps, int64_t activation) {
+  BatchNormActBackwardArgs args{};
+  args.dtype = dtype_of(input);
+  args.input = input.const_data_ptr();
+  args.in = images_of(input);
+  const int64_t channels = args.in.channels, values = args.in.count * args.in.size();
+  const auto images = [&](const char* name, const OptionalTensor& tensor) {
+    return tensor ? writable(name, *tensor, args.dtype, values) : nullptr;
+  };
+  args.input_gradient = images("input_gradient", input_gradient);
+  args.residual_gradient = images("residual_gradient", residual_gradient);
+  args.weight_gradient = optional_floats("weight_gradient", weight_gradient, channels);
+  args.bias_gradient = optional_floats("bias_gradient", bias_gradient, channels);
+  args.mean_gradient = optional_floats("mean_gradient", mean_gradient, channels);
+  args.var_gradient = optional_floats("var_gradient", var_gradient, channels);
+  args.upstream = images("upstream", upstream);
+  args.mean = floats("mean", mean, channels);
+  args.var = floats("var", var, channels);
+  args.weight = floats("weight", weight, channels);
+  args.bias = floats("bias", bias, channels);
+  args.residual = residual_of(residual, args.dtype, values);
+  args.upstream_mean = floats("upstream_mean", upstream_mean, channels);
+  args.upstream_var = floats("upstream_var", upstream_var, channels);
+  args.training = training;
+  args.eps = eps;
+  args.activation = activation_of(activation);
+  args.parallel = torch_threads();
+  batch_norm_act_backward_cpu(args);
+}
+
 // What depthwise_separable_conv and mbconv share.
 MBConvArgs block_of(const Tensor& output, const Tensor& input, const Tensor& depthwise_weight,
                     const Tensor& project_weight, const std::vector<int64_t>& geometry) {
@@ -243,6 +283,12 @@ STABLE_TORCH_LIBRARY(effkernels_cpu, m) {
       "Tensor? weight, Tensor? bias, Tensor? residual, bool training, float eps, "
       "int activation) -> ()");
   m.def(
+      "batch_norm_act_backward(Tensor(a!)? input_gradient, Tensor(b!)? residual_gradient, "
+      "Tensor(c!)? weight_gradient, Tensor(d!)? bias_gradient, Tensor(e!)? mean_gradient, "
+      "Tensor(f!)? var_gradient, Tensor upstream, Tensor input, Tensor mean, Tensor var, "
+      "Tensor? weight, Tensor? bias, Tensor? residual, Tensor? upstream_mean, "
+      "Tensor? upstream_var, bool training, float eps, int activation) -> ()");
+  m.def(
       "depthwise_separable_conv(Tensor(a!) output, Tensor input, Tensor depthwise_weight, "
       "Tensor? depthwise_scale, Tensor? depthwise_bias, Tensor pointwise_weight, "
       "Tensor? pointwise_scale, Tensor? pointwise_bias, int[] geometry, Tensor? residual, "
@@ -264,6 +310,7 @@ STABLE_TORCH_LIBRARY_IMPL(effkernels_cpu, CPU, m) {
   m.impl("squeeze_excite_gate", TORCH_BOX(&effkernels::squeeze_excite_gate));
   m.impl("silu", TORCH_BOX(&effkernels::silu));
   m.impl("batch_norm_act", TORCH_BOX(&effkernels::batch_norm_act));
+  m.impl("batch_norm_act_backward", TORCH_BOX(&effkernels::batch_norm_act_backward));
   m.impl("depthwise_separable_conv", TORCH_BOX(&effkernels::depthwise_separable_conv));
   m.impl("mbconv", TORCH_BOX(&effkernels::mbconv));
 }

@@ -113,6 +113,31 @@ EFFKERNELS_INLINE Vec activate(Vec x) {
   }
 }
 
+// The derivative at x, PyTorch's choice at the corners.
+template <Activation kActivation>
+EFFKERNELS_INLINE Vec slope(Vec x) {
+  const Vec zero = Vec::set1(0.0f), one = Vec::set1(1.0f), three = Vec::set1(3.0f);
+  if constexpr (kActivation == Activation::relu) {
+    return select_negative(zero - x, one, zero);
+  } else if constexpr (kActivation == Activation::relu6) {
+    return select_negative(zero - x, select_negative(x - Vec::set1(6.0f), one, zero), zero);
+  } else if constexpr (kActivation == Activation::hard_swish) {
+    const Vec inside = fma(x, Vec::set1(1.0f / 3.0f), Vec::set1(0.5f));
+    return select_negative(x - three, select_negative(zero - three - x, inside, zero), one);
+  } else if constexpr (kActivation == Activation::hard_sigmoid) {
+    const Vec inside = Vec::set1(1.0f / 6.0f);
+    return select_negative(x - three, select_negative(zero - three - x, inside, zero), zero);
+  } else if constexpr (kActivation == Activation::silu) {
+    const Vec s = sigmoid_product<false>(x);
+    return s * fma(x, one - s, one);
+  } else if constexpr (kActivation == Activation::sigmoid) {
+    const Vec s = sigmoid_product<false>(x);
+    return s * (one - s);
+  } else {
+    return one;
+  }
+}
+
 // Calls body(constant) with the activation as a compile-time constant.
 template <Activation kActivation>
 struct ActivationConstant {

@@ -245,7 +245,7 @@ _op = define(
     "Tensor? residual, bool training, float eps, str activation) -> (Tensor, Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
-    native=Implementation(native.can_run, native.batch_norm_act),
+    native=Implementation(native.can_run, native.batch_norm_act, native.batch_norm_act_backward),
     backward=_backward,
     saves=(1, 2),
 )

@@ -342,6 +342,88 @@ void batch_norm_act_cases(DType dtype) {
   }
 }
 
+void batch_norm_act_backward_cases(DType dtype) {
+  const Window few{3, 5, 1, 1, 1, 0, 0, 0, 0}, many{29, 19, 1, 1, 1, 0, 0, 0, 0};
+  for (const Window& w : {few, many}) {
+    for (int64_t channels : kChannels) {
+      for (bool training : {true, false}) {
+        const Images in{pick({1, 2}), w.height, w.width, channels};
+        const int64_t size = in.count * in.size();
+        const double pixels = static_cast<double>(size) / channels, eps = 1e-3;
+        const Values x = draw(dtype, size, 1.0, 0.5), upstream = draw(dtype, size, 1.0, 0.2);
+        DrawnEpilogue affine(channels, dtype, coin() ? size : 0);
+        Values means = draw(DType::f32, channels), vars = draw(DType::f32, channels, 0.2, 1.0);
+        for (double& v : vars) v = std::fabs(v) + 0.1;
+        Tensor mean(DType::f32, means), var(DType::f32, vars);
+        Values t(size), sum(channels), product(channels), r(channels), factor(channels);
+        for (int64_t c = 0; c < channels; c++) {
+          r[c] = 1.0 / std::sqrt(static_cast<float>(vars[c]) + eps);
+          factor[c] = r[c] * (affine.has_scale ? affine.scale[c] : 1.0);
+        }
+        for (int64_t i = 0; i < size; i++) {
+          const int64_t c = i % channels;
+          double at = (x[i] - means[c]) * factor[c] + (affine.has_bias ? affine.bias[c] : 0.0);
+          if (!affine.residual.empty()) at += affine.residual[i];
+          const double h = 1e-6;
+          const double rise = activate(affine.activation, at + h);
+          t[i] = upstream[i] * (rise - activate(affine.activation, at - h)) / (2 * h);
+          sum[c] += t[i];
+          product[c] += t[i] * (x[i] - means[c]);
+        }
+        Values want(size), for_weight(channels), for_mean(channels), for_var(channels);
+        for (int64_t c = 0; c < channels; c++) {
+          for_weight[c] = r[c] * product[c];
+          for_mean[c] = -factor[c] * sum[c];
+          for_var[c] = -0.5 * factor[c] * r[c] * r[c] * product[c];
+        }
+        for (int64_t i = 0; i < size; i++) {
+          const int64_t c = i % channels;
+          const double rest =
+              sum[c] / pixels + (x[i] - means[c]) * r[c] * r[c] * product[c] / pixels;
+          want[i] = factor[c] * (t[i] - (training ? rest : 0.0));
+        }
+        const bool with_residual = coin(), with_parameters = coin();
+        Tensor input(dtype, x), above(dtype, upstream), output(dtype, size), other(dtype, size);
+        Tensor weight_out(DType::f32, channels), bias_out(DType::f32, channels);
+        Tensor mean_out(DType::f32, channels), var_out(DType::f32, channels);
+        const int terms = static_cast<int>(size / channels);
+        std::vector<Expected> outputs = {sums(output, want, 64)};
+        if (with_residual) outputs.push_back(sums(other, t, 64));
+        if (with_parameters) {
+          outputs.push_back(sums(weight_out, for_weight, terms));
+          outputs.push_back(sums(bias_out, sum, terms));
+          outputs.push_back(sums(mean_out, for_mean, terms));
+          outputs.push_back(sums(var_out, for_var, terms));
+        }
+        const Epilogue epilogue = affine.pointers();
+        const BatchNormActBackwardArgs args{dtype,
+                                            output.data(),
+                                            with_residual ? other.data() : nullptr,
+                                            with_parameters ? weight_out.floats() : nullptr,
+                                            with_parameters ? bias_out.floats() : nullptr,
+                                            with_parameters ? mean_out.floats() : nullptr,
+                                            with_parameters ? var_out.floats() : nullptr,
+                                            above.data(),
+                                            input.data(),
+                                            in,
+                                            mean.floats(),
+                                            var.floats(),
+                                            epilogue.scale,
+                                            epilogue.bias,
+                                            epilogue.residual,
+                                            nullptr,
+                                            nullptr,
+                                            training,
+                                            eps,
+                                            epilogue.activation,
+                                            {}};
+        verify("batch_norm_act_backward", &Kernels::batch_norm_act_backward, args, outputs,
+               describe(dtype, in, w, channels));
+      }
+    }
+  }
+}
+
 void mbconv_cases(DType dtype) {
   for (const Window& w : kWindows) {
     for (int options = 0; options < 8; options++) {
@@ -416,6 +498,7 @@ int main() {
     squeeze_excite_cases(dtype);
     silu_cases(dtype);
     batch_norm_act_cases(dtype);
+    batch_norm_act_backward_cases(dtype);
     mbconv_cases(dtype);
   }
   rounding_cases();

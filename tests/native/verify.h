@@ -28,6 +28,7 @@ struct Kernels {
   void (*squeeze_excite)(const SqueezeExciteArgs&);
   void (*silu)(const SiluArgs&);
   void (*batch_norm_act)(const BatchNormActArgs&);
+  void (*batch_norm_act_backward)(const BatchNormActBackwardArgs&);
   void (*depthwise_separable_conv)(const MBConvArgs&);
   void (*mbconv)(const MBConvArgs&);
 };
@@ -42,6 +43,7 @@ struct Kernels {
    isa::squeeze_excite,           \
    isa::silu,                     \
    isa::batch_norm_act,           \
+   isa::batch_norm_act_backward,  \
    isa::depthwise_separable_conv, \
    isa::mbconv}
 

@@ -261,23 +261,70 @@ def test_second_gradients(training):
     assert gradgradcheck(run(names, training, activation="silu"), list(small(*names).values()))
 
 
+GRADIENT_AXES = {
+    "channels": (1, 5, 16, 33, 64, 80, 129),
+    "size": ((7, 7), (3, 5), (9, 13)),
+    "batch": (3, 2),
+    "affine": AFFINES,
+    "training": (False, True),
+    "activation": ACTIVATIONS,
+    "layout": LAYOUTS,
+    "residual": (None, "channels_last", "nchw"),
+}
+
+
+def gradient_arguments(case: Case, dtype: torch.dtype, repetition: int = 0) -> Arguments:
+    """Tensors that get a gradient, and options; the running statistics get one in inference."""
+    (input,), options = arguments(case, dtype, repetition)
+    names = ("weight", "bias", "residual", "running_mean", "running_var")
+    tensors = {"input": input, **{name: options.pop(name) for name in names}}
+    none = [name for name, tensor in tensors.items() if tensor is None]
+    options |= {name: tensors.pop(name) for name in none}
+    return (tensors, options), {}
+
+
+@pytest.mark.parametrize("case", pairwise(GRADIENT_AXES, has_statistics), ids=str)
+def test_gradients_match_reference(kernels, dtype, case):
+    assert_parity(
+        kernels,
+        gradient_function(ops.batch_norm_act),
+        lambda repetition: gradient_arguments(case, dtype, repetition),
+        channels_last=False,
+    )
+
+
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("activation", ["none", "silu", "relu6"])
-def test_gradients_after_native_forward(kernels, activation, training):
-    draw = Draw(1)
-    tensors = {
-        "input": draw.activations(2, 24, (9, 11)),
-        "weight": draw.normal(24, mean=1.0, std=0.3),
-        "bias": draw.normal(24, std=0.3),
-        "residual": draw.activations(2, 24, (9, 11)),
-    }
-    options = {
-        "running_mean": None if training else draw.normal(24),
-        "running_var": None if training else draw.uniform(24, low=0.3),
-        "training": training,
-        "activation": activation,
-    }
-    assert_matches(gradient_function(ops.batch_norm_act), tensors, options, backend=kernels)
+@pytest.mark.parametrize("channels", [1, 16, 17, 33, 96])
+def test_gradients_keep_memory(native_kernels, dtype, monkeypatch, channels, training):
+    case = Case(batch=2, channels=channels, size=(3, 5), training=training, residual="nchw")
+    run = gradient_function(ops.batch_norm_act)
+
+    def function(*tensors: torch.Tensor, **options):
+        return run(dict(zip(names, tensors, strict=True)), options)
+
+    (tensors, options), _ = gradient_arguments(case, dtype)
+    names = tuple(tensors)
+    assert_memory_kept(monkeypatch, function, (tuple(tensors.values()), options))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_threads_agree_on_gradients(native_kernels, dtype, training):
+    case = Case(batch=3, channels=96, size=(28, 28), training=training, residual="nchw")
+    arguments = gradient_arguments(case, dtype)
+    assert_threads_agree(gradient_function(ops.batch_norm_act), arguments)
+
+
+def test_gradients_of_the_statistics(kernels):
+    """The dispatcher's op gives the batch's mean and variance, too, which have gradients."""
+    draw = Draw(3)
+
+    def function(input: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.ops.effkernels.batch_norm_act(
+            input, None, None, None, None, None, True, 1e-5, "silu"
+        )
+
+    tensors = {"input": draw.activations(2, 24, (9, 11))}
+    assert_matches(gradient_function(function), tensors, {}, backend=kernels)
 
 
 @pytest.mark.parametrize("training", [False, True])

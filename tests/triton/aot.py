@@ -2,7 +2,9 @@
 
 ``python -m tests.triton.aot OP CAPABILITY`` (in a process without TRITON_INTERPRET) compiles every
 distinct launch that the layers of the real networks make, forward and backward, and prints one
-JSON line for each launch that breaks a promise, then how many were compiled.
+JSON line for each launch that breaks a promise, then how many were compiled. With ``--few`` float16
+is left to sm_90: its code is bfloat16's with other names of instructions, and the tests, which ask
+so, save a fifth of their longest part.
 """
 
 from __future__ import annotations
@@ -201,9 +203,11 @@ def promise_of(launch: Launch) -> Promise:
     return promise
 
 
-def check(capability: int, calls: Iterable[Callable[[], Any]]) -> int:
+def check(capability: int, calls: Iterable[Callable[[], Any]], few: bool = False) -> int:
     """Compile all launches of ``calls``; print those that break a promise, as JSON lines."""
     found = launches(calls, DEVICES[capability])
+    if few and capability != 90:
+        found = [a for a in found if all(kind != "*fp16" for _, kind in a.signature)]
     for launch in found:
         wrong = broken_promises(launch, promise_of(launch), capability)
         if wrong:
@@ -214,7 +218,7 @@ def check(capability: int, calls: Iterable[Callable[[], Any]]) -> int:
 
 def run(op: str, capability: int) -> tuple[int, list[str]]:
     """:func:`check` in a process of its own, without the interpreter: (compiled, broken)."""
-    *broken, last = _without_interpreter("-m", __name__, op, str(capability))
+    *broken, last = _without_interpreter("-m", __name__, op, str(capability), "--few")
     return last["compiled"], [f"{b['launch']}: {'; '.join(b['wrong'])}" for b in broken]
 
 
@@ -242,4 +246,4 @@ def _without_interpreter(*command: str) -> list[Any]:
 if __name__ == "__main__":
     op, capability = sys.argv[1], int(sys.argv[2])
     module = importlib.import_module(f"tests.triton.test_{op}")
-    check(capability, module.aot_calls())
+    check(capability, module.aot_calls(), "--few" in sys.argv)
