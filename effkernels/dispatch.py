@@ -69,6 +69,14 @@ class Implementation:
     run: Callable[..., Any]
     # Gradient kernels, called as :func:`define` says; None: the op's own formula serves.
     backward: Callable[..., Any] | None = None
+    # (arguments, gradients) -> whether they are for this call; None: for every one.
+    differentiates: Callable[..., bool] | None = None
+
+    def has_gradients(self, arguments: Sequence[Any], gradients: Sequence[Tensor | None]) -> bool:
+        """Whether gradient kernels serve this call."""
+        if self.backward is None:
+            return False
+        return self.differentiates is None or self.differentiates(arguments, gradients)
 
 
 @dataclass
@@ -321,7 +329,7 @@ def _make_backward(
         # A double backward goes through what can be differentiated once more.
         if not torch.is_grad_enabled() and any(needed):
             with use_backend(ctx.choice):
-                if select(operator, tuple(arguments)).backward is not None:
+                if select(operator, tuple(arguments)).has_gradients(arguments, gradients):
                     results = iter(opaque(list(gradients), list(saved), needed, *arguments))
                     return tuple(next(results) if need else None for need in needed)
         if formula is not None:

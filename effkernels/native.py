@@ -297,6 +297,60 @@ def depthwise_conv(
     return output, mean
 
 
+def differentiates_depthwise_conv(
+    arguments: Sequence[Any], gradients: Sequence[Tensor | None]
+) -> bool:
+    """Whether :func:`depthwise_conv_backward` is for this call: the convolution alone, as it comes
+    in training, where BatchNorm follows."""
+    _, _, scale, _, _, _, _, activation, _ = arguments
+    upstream, mean_gradient = gradients
+    plain = scale is None and activation == "none"
+    return plain and upstream is not None and mean_gradient is None
+
+
+def depthwise_conv_backward(
+    arguments: list[Any],
+    needed: list[bool],
+    saved: tuple[Tensor, ...],
+    gradients: tuple[Tensor | None, ...],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of :func:`depthwise_conv` for input, weight and bias."""
+    input, weight, _, bias, stride, padding, dilation, *_ = arguments
+    upstream = gradients[0]
+    assert upstream is not None
+    upstream = nhwc(upstream)
+    geometry = _geometry(weight, stride, padding, dilation)
+    for_input = gathered = for_taps = None
+    if needed[0]:
+        for_input = gathered = empty_nhwc(input, *input.shape[1:])
+        kernel = weight.shape[2:]
+        corner = [dilation[i] * (kernel[i] - 1) - padding[2 - 2 * i] for i in (0, 1)]  # top, left
+        if list(stride) == [1, 1] and min(corner) >= 0:
+            # The same convolution with reversed taps, whose kernel reads every row once.
+            flipped = cached("reversed", (weight,), lambda: weight.detach().flip(2, 3))
+            torch.ops.effkernels_cpu.depthwise_conv(
+                for_input,
+                None,
+                upstream,
+                _depthwise_taps(flipped),
+                None,
+                None,
+                [*kernel, 1, 1, *dilation, corner[1], corner[0]],
+                _ACTIVATION_CODES["none"],
+            )
+            gathered = None
+    if needed[1]:
+        taps = (weight.shape[2] * weight.shape[3], weight.shape[0])
+        for_taps = torch.empty(taps, dtype=torch.float32)
+    if gathered is not None or for_taps is not None:
+        torch.ops.effkernels_cpu.depthwise_conv_backward(
+            gathered, for_taps, upstream, nhwc(input), _depthwise_taps(weight), geometry
+        )
+    for_weight = None if for_taps is None else for_taps.t().reshape(weight.shape)
+    for_bias = upstream.sum((0, 2, 3), dtype=torch.float32) if needed[3] else None
+    return for_input, for_weight, None, for_bias, None, None, None, None, None
+
+
 def pack_pointwise_conv(
     input: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, activation: str
 ) -> Packed:

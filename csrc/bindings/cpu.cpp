@@ -22,6 +22,10 @@
 namespace effkernels {
 namespace {
 
+float* optional_floats(const char* name, const OptionalTensor& tensor, int64_t size) {
+  return tensor ? static_cast<float*>(writable(name, *tensor, DType::f32, size)) : nullptr;
+}
+
 void depthwise_conv(Tensor output, OptionalTensor mean, Tensor input, Tensor weight,
                     OptionalTensor scale, OptionalTensor bias, std::vector<int64_t> geometry,
                     int64_t activation) {
@@ -39,6 +43,29 @@ void depthwise_conv(Tensor output, OptionalTensor mean, Tensor input, Tensor wei
   args.epilogue = epilogue_of(scale, bias, channels, activation);
   args.parallel = torch_threads();
   depthwise_conv_cpu(args);
+}
+
+void depthwise_conv_backward(OptionalTensor input_gradient, OptionalTensor weight_gradient,
+                             Tensor upstream, Tensor input, Tensor weight,
+                             std::vector<int64_t> geometry) {
+  DepthwiseConvBackwardArgs args{};
+  args.dtype = dtype_of(input);
+  args.input = input.const_data_ptr();
+  args.in = images_of(input);
+  args.out_height = upstream.size(2);
+  args.out_width = upstream.size(3);
+  const int64_t channels = args.in.channels, pixels = args.out_height * args.out_width;
+  args.upstream = writable("upstream", upstream, args.dtype, args.in.count * pixels * channels);
+  args.geometry = geometry_of(geometry);
+  args.weight = taps_of(weight, args.geometry, channels);
+  const int64_t taps = args.geometry.kernel_h * args.geometry.kernel_w;
+  if (input_gradient) {
+    const int64_t values = args.in.count * args.in.size();
+    args.input_gradient = writable("input_gradient", *input_gradient, args.dtype, values);
+  }
+  args.weight_gradient = optional_floats("weight_gradient", weight_gradient, taps * channels);
+  args.parallel = torch_threads();
+  depthwise_conv_backward_cpu(args);
 }
 
 void pointwise_conv(Tensor output, OptionalTensor mean, Tensor input, Tensor weight,
@@ -140,10 +167,6 @@ void batch_norm_act(Tensor output, Tensor mean, Tensor var, Tensor input, Option
   args.activation = activation_of(activation);
   args.parallel = torch_threads();
   batch_norm_act_cpu(args);
-}
-
-float* optional_floats(const char* name, const OptionalTensor& tensor, int64_t size) {
-  return tensor ? static_cast<float*>(writable(name, *tensor, DType::f32, size)) : nullptr;
 }
 
 void batch_norm_act_backward(OptionalTensor input_gradient, OptionalTensor residual_gradient,
@@ -264,6 +287,9 @@ STABLE_TORCH_LIBRARY(effkernels_cpu, m) {
       "depthwise_conv(Tensor(a!) output, Tensor(b!)? mean, Tensor input, Tensor weight, "
       "Tensor? scale, Tensor? bias, int[] geometry, int activation) -> ()");
   m.def(
+      "depthwise_conv_backward(Tensor(a!)? input_gradient, Tensor(b!)? weight_gradient, "
+      "Tensor upstream, Tensor input, Tensor weight, int[] geometry) -> ()");
+  m.def(
       "pointwise_conv(Tensor(a!) output, Tensor(b!)? mean, Tensor input, Tensor weight, "
       "Tensor? scale, Tensor? bias, Tensor? gate, Tensor? residual, int activation) -> ()");
   m.def(
@@ -304,6 +330,7 @@ STABLE_TORCH_LIBRARY(effkernels_cpu, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(effkernels_cpu, CPU, m) {
   m.impl("depthwise_conv", TORCH_BOX(&effkernels::depthwise_conv));
+  m.impl("depthwise_conv_backward", TORCH_BOX(&effkernels::depthwise_conv_backward));
   m.impl("pointwise_conv", TORCH_BOX(&effkernels::pointwise_conv));
   m.impl("conv", TORCH_BOX(&effkernels::conv));
   m.impl("squeeze_excite", TORCH_BOX(&effkernels::squeeze_excite));

@@ -146,6 +146,11 @@ _op = define(
     "int[] dilation, str activation, bool return_mean) -> (Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
-    native=Implementation(native.can_run, native.depthwise_conv),
+    native=Implementation(
+        native.can_run,
+        native.depthwise_conv,
+        native.depthwise_conv_backward,
+        native.differentiates_depthwise_conv,
+    ),
     backward=_backward,
 )

@@ -49,6 +49,51 @@ void depthwise_conv_cases(DType dtype) {
   }
 }
 
+void depthwise_conv_backward_cases(DType dtype) {
+  for (const Window& w : kWindows) {
+    for (int64_t channels : kChannels) {
+      const Images in{pick({1, 2}), w.height, w.width, channels};
+      const Geometry g = w.geometry();
+      const int64_t taps = w.kernel * w.kernel, rows = w.out_height(), columns = w.out_width();
+      const Values x = draw(dtype, in.count * in.size());
+      const Values upstream = draw(dtype, in.count * rows * columns * channels);
+      Weights weight(channels, taps, true);
+      Values for_input(x.size()), for_weight(taps * channels);
+      for (int64_t i = 0; i < static_cast<int64_t>(upstream.size()); i++) {
+        const int64_t c = i % channels, ox = i / channels % columns;
+        const int64_t oy = i / channels / columns % rows, n = i / channels / columns / rows;
+        for (int64_t tap = 0; tap < taps; tap++) {
+          const int64_t y = oy * g.stride_h + tap / w.kernel * g.dilation_h - g.top;
+          const int64_t column = ox * g.stride_w + tap % w.kernel * g.dilation_w - g.left;
+          if (y < 0 || y >= in.height || column < 0 || column >= in.width) continue;
+          const int64_t at = ((n * in.height + y) * in.width + column) * channels + c;
+          for_input[at] += upstream[i] * weight.values[c * taps + tap];
+          for_weight[tap * channels + c] += upstream[i] * x[at];
+        }
+      }
+      Tensor input(dtype, x), above(dtype, upstream), output(dtype, x.size());
+      Tensor weight_out(DType::f32, for_weight.size());
+      const int terms = static_cast<int>(in.count * rows * columns);
+      const bool both = coin();
+      std::vector<Expected> outputs = {sums(output, for_input, weight.depth)};
+      if (both) outputs.push_back(sums(weight_out, for_weight, terms));
+      const DepthwiseConvBackwardArgs args{dtype,
+                                           output.data(),
+                                           both ? weight_out.floats() : nullptr,
+                                           above.data(),
+                                           input.data(),
+                                           in,
+                                           rows,
+                                           columns,
+                                           weight.packed.floats(),
+                                           g,
+                                           {}};
+      verify("depthwise_conv_backward", &Kernels::depthwise_conv_backward, args, outputs,
+             describe(dtype, in, w, channels));
+    }
+  }
+}
+
 void pointwise_conv_cases(DType dtype) {
   const Window sizes[] = {{1, 1, 1, 1, 1, 0, 0, 0, 0},
                           {5, 7, 1, 1, 1, 0, 0, 0, 0},
@@ -492,6 +537,7 @@ void mbconv_cases(DType dtype) {
 int main() {
   for (DType dtype : {DType::f32, DType::bf16}) {
     depthwise_conv_cases(dtype);
+    depthwise_conv_backward_cases(dtype);
     pointwise_conv_cases(dtype);
     conv_cases(dtype);
     winograd_cases(dtype);

@@ -22,6 +22,7 @@ struct Kernels {
   const char* isa;
   bool supported;
   void (*depthwise_conv)(const DepthwiseConvArgs&);
+  void (*depthwise_conv_backward)(const DepthwiseConvBackwardArgs&);
   void (*pointwise_conv)(const PointwiseConvArgs&);
   void (*conv)(const ConvArgs&);
   void (*squeeze_excite_gate)(const SqueezeExciteGateArgs&);
@@ -37,6 +38,7 @@ struct Kernels {
   {#isa,                          \
    supported,                     \
    isa::depthwise_conv,           \
+   isa::depthwise_conv_backward,  \
    isa::pointwise_conv,           \
    isa::conv,                     \
    isa::squeeze_excite_gate,      \

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import effkernels as ek
 from effkernels import ops
 from effkernels.ops import ACTIVATIONS
 from effkernels.testing import assert_matches
@@ -47,12 +48,12 @@ AXES = {
     "mean": (False, True),
 }
 # Kernels and strides that are not square, as (vertical, horizontal).
-OBLONG_AXES = {
-    **AXES,
+OBLONG = {
     "kernel": ((1, 3), (5, 3), (3, 7), (9, 1)),
     "stride": ((1, 2), (3, 1), (2, 4)),
     "dilation": ((2, 1), (1, 3)),
 }
+OBLONG_AXES = {**AXES, **OBLONG}
 RANDOM = {
     "channels": st.integers(1, 70),
     "size": st.tuples(st.integers(1, 24), st.integers(1, 24)),
@@ -203,15 +204,66 @@ def test_second_gradients():
     )
 
 
-@pytest.mark.parametrize("options", [{"activation": "silu"}, {"padding": "same", "stride": 2}])
-def test_gradients_after_native_forward(kernels, options):
+GRADIENT_AXES = {
+    **{name: AXES[name] for name in ("size", "kernel", "stride", "padding", "dilation", "layout")},
+    "channels": (1, 5, 16, 33, 48),
+    "batch": (2, 1, 3, 0),
+    # (A float32 bias gets the exact sum of the gradients that came, which are themselves rounded:
+    # PyTorch's, rounded once more, may by chance be nearer to what they were rounded from.)
+    "affine": ("none", "bias"),
+    "activation": ("none",),
+    "mean": (False,),
+}
+
+
+def gradient_arguments(case: Case, dtype: torch.dtype, repetition: int = 0) -> Arguments:
+    (input, weight), options = arguments(case, dtype, repetition)
+    bias = options.pop("bias", None)
+    return ({"input": input, "weight": weight, "bias": bias}, options), {}
+
+
+@pytest.mark.parametrize("case", pairwise(GRADIENT_AXES, has_output), ids=str)
+def test_gradients_match_reference(kernels, dtype, case):
+    run = gradient_function(ops.depthwise_conv)
+    assert_parity(kernels, run, partial(gradient_arguments, case, dtype), channels_last=False)
+
+
+@pytest.mark.parametrize("case", pairwise({**GRADIENT_AXES, **OBLONG}, has_output)[::4], ids=str)
+def test_gradients_of_oblong_geometry(kernels, dtype, case):
+    run = gradient_function(ops.depthwise_conv)
+    assert_parity(kernels, run, partial(gradient_arguments, case, dtype), channels_last=False)
+
+
+@pytest.mark.parametrize("options", [{"activation": "silu"}, {"return_mean": True}])
+def test_gradients_of_what_has_no_kernels(kernels, options):
     draw = Draw(1)
     tensors = {
         "input": draw.activations(2, 24, (9, 11)),
         "weight": draw.weight(24, 1, 5, 5),
-        **draw.affine(24, "bias"),
+        **draw.affine(24, "scale+bias"),
     }
     assert_matches(gradient_function(ops.depthwise_conv), tensors, options, backend=kernels)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_gradients_do_not_depend_on_threads(native_kernels, dtype, stride):
+    case = Case(batch=3, channels=40, size=(15, 17), kernel=5, stride=stride, padding="same")
+    case = Case(**vars(case), dilation=1, affine="none", activation="none", mean=False)
+    call = gradient_arguments(case, dtype)
+    assert_threads_agree(gradient_function(ops.depthwise_conv), call)
+
+
+@pytest.mark.parametrize("channels", [1, 16, 17, 33])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_gradients_keep_memory(native_kernels, dtype, monkeypatch, channels, stride):
+    draw = Draw(2, dtype)
+    tensors = (draw.activations(2, channels, (6, 7)), draw.weight(channels, 1, 3, 3))
+
+    def function(input: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        run = gradient_function(ops.depthwise_conv)
+        return run({"input": input, "weight": weight}, {"stride": stride})
+
+    assert_memory_kept(monkeypatch, function, (tensors, {}))
 
 
 class ConvolutionMasks(TorchDispatchMode):
@@ -233,7 +285,8 @@ def test_only_needed_gradients_are_computed(needed):
     tensors = [draw.activations(1, 4, (5, 5)), draw.weight(4, 1, 3, 3), draw.weight(4)]
     for index in needed:
         tensors[index].requires_grad_()
-    output = ops.depthwise_conv(*tensors)
+    with ek.use_backend("reference"):
+        output = ops.depthwise_conv(*tensors)
     with ConvolutionMasks() as seen:
         output.sum().backward()
     assert seen.masks == [[index in needed for index in range(3)]]
