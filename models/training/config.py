@@ -126,9 +126,7 @@ class TrainConfig:
             _text(name, getattr(self, name))
         for name in ("num_classes", "weights", "features_only", "in_channels"):
             if name in self.model_options:  # pictures are in RGB, the others have their own place
-                raise ValueError(
-                    f"{OWNER}: model_options has {name!r}, which is not accepted there"
-                )
+                raise ValueError(f"{OWNER}: model_options has {name!r}, not accepted there")
         for name, value in self.model_options.items():
             if value is not None and not isinstance(value, (bool, int, float, str)):
                 raise ValueError(

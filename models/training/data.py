@@ -6,6 +6,7 @@ on the batch, nor on the worker or the process that loads it, nor on an interrup
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import zipfile
@@ -16,10 +17,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, DistributedSampler
 from torchvision import datasets
-from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import InterpolationMode, v2
 
 from ..common import DataConfig
@@ -28,7 +29,7 @@ from .distributed import Ranks
 
 
 class Source(NamedTuple):
-    """A dataset: items are (PIL picture or uint8 tensor [C, H, W], class)."""
+    """A dataset: items are (PIL picture, class)."""
 
     train: Any
     val: Any
@@ -36,7 +37,7 @@ class Source(NamedTuple):
     size: int | None  # side of all pictures where they are small; None: photographs
 
 
-class JpegBlobs(Dataset[tuple[Tensor, int]]):
+class JpegBlobs(Dataset[tuple[Image.Image, int]]):
     """One part, ``train`` or ``test``, of an ``.npz`` file of JPEGs.
 
     Arrays, each with the part's name in front: ``_jpeg`` (uint8, all files end to end),
@@ -95,12 +96,12 @@ class JpegBlobs(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.label)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         blob = self.jpeg[int(self.offset[index]) : int(self.offset[index + 1])]
         try:
-            # a copy: the file's array is not writable everywhere, and PyTorch wants it so
-            picture = decode_jpeg(torch.from_numpy(blob.copy()), mode=ImageReadMode.RGB)
-        except RuntimeError as error:
+            # Pillow, as torchvision's datasets: torchvision's own decoders are on their way out
+            picture = Image.open(io.BytesIO(blob)).convert("RGB")
+        except OSError as error:
             raise ValueError(
                 f"{OWNER}: data: {self.path}: {self.part} picture {index} is no JPEG: {error}"
             ) from error
@@ -214,7 +215,7 @@ def _npz(config: TrainConfig) -> Source:
     if config.download:
         raise ValueError(f"{OWNER}: download is not accepted with npz")
     train, val = (JpegBlobs(config.data, part) for part in ("train", "test"))
-    size = min(train[0][0].shape[1:])
+    size = min(train[0][0].size)
     return Source(train, val, int(max(train.label.max(), val.label.max())) + 1, size)
 
 

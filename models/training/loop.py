@@ -165,6 +165,8 @@ def _prepare(
 ) -> _Run:
     """Everything that a run needs, checked and loaded; nothing is written yet."""
     saved = checkpoint.load(Path(config.out) / CHECKPOINT) if config.resume else None
+    with torch.device("meta"):  # its name and options are right, before a dataset is fetched
+        create_model(config.model, num_classes=0, **config.model_options)
     torch.manual_seed(config.seed)
     source = _source(config, ranks)
     classes = source.classes if config.num_classes is None else config.num_classes
