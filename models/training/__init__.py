@@ -2,7 +2,8 @@
 
 from .config import TrainConfig
 from .history import EpochRecord, History, StepRecord
-from .loop import Interrupted, NonFiniteLoss, train
+from .loop import train
+from .run import Interrupted, NonFiniteLoss
 
 __all__ = [
     "EpochRecord",

@@ -334,5 +334,8 @@ def _loading(config: TrainConfig, device: torch.device) -> dict[str, Any]:
 
 
 def _leave_interrupts_to_the_parent(worker: int) -> None:
-    """Ctrl-C reaches all processes of a terminal; this one loads pictures until it is told."""
+    """Ctrl-C reaches all processes of a terminal; this one loads pictures until it is told.
+
+    (A forked worker has the training process's handler, others would have Python's.)
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)

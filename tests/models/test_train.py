@@ -29,6 +29,7 @@ from effkernels.models.training import (
     loop,
 )
 from effkernels.models.training import train as run
+from effkernels.models.training.run import CHECKPOINT, HISTORY, READ_EVERY
 from torch import Tensor, nn
 
 import effkernels as ek
@@ -61,7 +62,7 @@ def same(one: Any, other: Any) -> bool:
 
 def final(out: Path) -> dict[str, Any]:
     """What a finished run's checkpoint holds, without the arguments it was started with."""
-    state = checkpoint.load(out / loop.CHECKPOINT)
+    state = checkpoint.load(out / CHECKPOINT)
     del state["config"]
     return state
 
@@ -235,14 +236,14 @@ def test_ctrl_c_in_a_terminal(blobs: Path, tmp_path: Path) -> None:
         start_new_session=True,
     )
     try:
-        wait_until(lambda: (out / loop.HISTORY).exists() or process.poll() is not None)
+        wait_until(lambda: (out / HISTORY).exists() or process.poll() is not None)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers, too
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 130, errors
     assert errors.startswith("train: interrupted after step ") and errors.count("\n") == 1
-    assert checkpoint.load(out / loop.CHECKPOINT)["step"] >= 3
+    assert checkpoint.load(out / CHECKPOINT)["step"] >= 3
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 90.0) -> None:
@@ -256,7 +257,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 90.0) -> None:
 def test_a_loss_that_is_not_finite_stops_the_run(
     blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_every: int
 ) -> None:
-    monkeypatch.setitem(loop.READ_EVERY, "cpu", read_every)
+    monkeypatch.setitem(READ_EVERY, "cpu", read_every)
     # step 4, the first of the second epoch, throws the weights away; step 5 notices
     monkeypatch.setattr(
         loop, "schedule", lambda config, steps: lambda step: 1e30 if step == steps else 1.0
@@ -275,7 +276,7 @@ def test_reading_losses_late_changes_nothing(
 ) -> None:
     config = tiny_config(blobs, tmp_path / "0", log_every=2, limit_steps=5)
     run(config)
-    monkeypatch.setitem(loop.READ_EVERY, "cpu", 20)
+    monkeypatch.setitem(READ_EVERY, "cpu", 20)
     run(replace(config, out=str(tmp_path / "1")))
     assert same(final(tmp_path / "0"), final(tmp_path / "1"))
 
@@ -395,7 +396,7 @@ def test_bad_arguments_leave_no_file(
 def test_a_run_is_neither_overwritten_nor_resumed_as_another(blobs: Path, tmp_path: Path) -> None:
     config = tiny_config(blobs, tmp_path / "run", limit_steps=4)
     run(config)
-    before = (tmp_path / "run" / loop.CHECKPOINT).read_bytes()
+    before = (tmp_path / "run" / CHECKPOINT).read_bytes()
     for options, message in (
         ({}, "where a run is already"),
         ({"resume": True, "lr": 0.2}, "lr was 0.05, is 0.2"),
@@ -408,8 +409,8 @@ def test_a_run_is_neither_overwritten_nor_resumed_as_another(blobs: Path, tmp_pa
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="which is a file"):
         run(replace(config, out=str(tmp_path / "file")))
-    assert (tmp_path / "run" / loop.CHECKPOINT).read_bytes() == before
-    (tmp_path / "run" / loop.CHECKPOINT).write_bytes(before[:1000])
+    assert (tmp_path / "run" / CHECKPOINT).read_bytes() == before
+    (tmp_path / "run" / CHECKPOINT).write_bytes(before[:1000])
     with pytest.raises(ValueError, match="checkpoint.pt is damaged or no checkpoint"):
         run(replace(config, resume=True))
 

@@ -16,6 +16,7 @@ import torch
 from effkernels.models import create_model
 from effkernels.models.training import TrainConfig, checkpoint, loop, train
 from effkernels.models.training.distributed import choose_device, ranks_from_environment
+from effkernels.models.training.run import CHECKPOINT, HISTORY
 
 from tests.models import tiny_training
 from tests.models.test_train import arguments, losses, perturbed, wait_until
@@ -70,7 +71,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Killed:
             start_new_session=True,
         )
         try:
-            written = folder / "run" / loop.HISTORY
+            written = folder / "run" / HISTORY
 
             def two_epochs() -> bool:
                 done = written.exists() and len(json.loads(written.read_text())["epochs"]) >= 2
@@ -91,12 +92,10 @@ def test_a_killed_process_ends_the_run_and_the_checkpoint_loads(killed: Killed) 
     assert killed.status != 0
     assert "SIGKILL" in killed.errors
     out = Path(killed.config.out)
-    state = checkpoint.load(out / loop.CHECKPOINT)
+    state = checkpoint.load(out / CHECKPOINT)
     assert state["step"] >= 6 and len(state["rng"]) == 2
     tiny_training.register()
-    model = create_model(
-        "tiny", num_classes=tiny_training.CLASSES, weights=out / loop.CHECKPOINT
-    ).eval()
+    model = create_model("tiny", num_classes=tiny_training.CLASSES, weights=out / CHECKPOINT).eval()
     assert model(torch.randn(1, 3, 16, 16)).isfinite().all()
     assert not list(out.glob(".*.pt*"))
     with pytest.raises(ValueError, match="number of processes was 2, is 1"):
@@ -107,7 +106,7 @@ def test_two_processes_are_one_with_the_double_batch(
     killed: Killed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny_training.register()
-    two = json.loads((Path(killed.config.out) / loop.HISTORY).read_text())
+    two = json.loads((Path(killed.config.out) / HISTORY).read_text())
     config = replace(
         killed.config, batch_size=8, sync_bn=False, limit_steps=6, out=str(tmp_path / "one")
     )
