@@ -132,6 +132,8 @@ class Run:
         self.train_epoch(number)
         middle = time.perf_counter()
         val_loss, val_accuracy = self.evaluate(self.network)
+        if not math.isfinite(val_loss):
+            raise NonFiniteLoss(self.bad("loss of the evaluation", val_loss, self.step), self.step)
         ema_loss, ema_accuracy = None, None
         if self.ema is not None:
             ema_loss, ema_accuracy = self.evaluate(self.ema.module)
@@ -231,7 +233,7 @@ class Run:
         for step, value in enumerate(values[:-1], first):
             loss = value / self.ranks.world_size
             if not math.isfinite(loss):
-                raise NonFiniteLoss(self.bad_loss(step, loss), step)
+                raise NonFiniteLoss(self.bad("loss", loss, step), step)
             self.epoch_loss += loss
             if step % self.config.log_every == 0:
                 record = StepRecord(step, loss, self.learning_rate(step))
@@ -242,12 +244,12 @@ class Run:
             self.request.signal = self.request.signal or signal.SIGTERM
             raise Stop
 
-    def bad_loss(self, step: int, loss: float) -> str:
+    def bad(self, what: str, value: float, step: int) -> str:
         path = self.out / CHECKPOINT
         kept = f"{path} is the last good checkpoint" if path.exists() else "no checkpoint yet"
         epoch = (step - 1) // self.steps_per_epoch + 1
         return (
-            f"{OWNER}: loss is {loss} at step {step} (epoch {epoch}); {kept}. A lower lr, more "
+            f"{OWNER}: {what} is {value} at step {step} (epoch {epoch}); {kept}. A lower lr, more "
             "warmup_epochs or another dtype may help"
         )
 
@@ -295,7 +297,15 @@ class Run:
         return tqdm(items, what, count, initial=done, leave=False, disable=None)
 
     def save(self) -> None:
-        """Write everything that :meth:`load` needs to go on from here."""
+        """Write everything that :meth:`load` needs to go on from here.
+
+        A step whose own loss was finite may have thrown the weights away all the same.
+        """
+        for name, parameter in self.network.named_parameters():
+            bad = parameter[~parameter.isfinite()]
+            if len(bad):
+                message = self.bad(f"a value of {name}", bad[0].item(), self.step)
+                raise NonFiniteLoss(message, self.step)
         states = distributed.gathered(checkpoint.rng_state(self.device), self.ranks)
         if not self.ranks.first:
             return

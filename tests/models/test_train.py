@@ -271,6 +271,23 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
 
 
+def test_a_last_step_that_throws_the_weights_away_is_not_saved(
+    blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(blobs, tmp_path / "run", schedule="constant")
+    monkeypatch.setattr(loop, "schedule", lambda *_: lambda step: 1e30 if step == 5 else 1.0)
+    with pytest.raises(NonFiniteLoss, match=r"of the evaluation is nan at step 6 \(epoch 2\)"):
+        run(config)
+    assert final(tmp_path / "run")["step"] == 3
+    # by an interruption, before any evaluation
+    monkeypatch.setattr(loop, "schedule", lambda *_: lambda step: math.inf)
+    with pytest.raises(
+        NonFiniteLoss, match=r"a value of .* is (nan|-?inf) at step 1 .*no checkpoint yet"
+    ):
+        run(replace(config, out=str(tmp_path / "other"), limit_steps=1))
+    assert not (tmp_path / "other" / CHECKPOINT).exists()
+
+
 def test_reading_losses_late_changes_nothing(
     blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
