@@ -150,13 +150,13 @@ class Run:
         )
         self.history.epochs.append(record)
         self.epoch_loss = 0.0
+        # before the checkpoint, after which a resumed run would not come here again
+        if self.ranks.first and self.history.best() is record:
+            best = self.network if self.ema is None else self.ema.module
+            checkpoint.save(self.out / BEST, {"state_dict": best.state_dict()})
         self.save()
         if not self.ranks.first:
             return
-        if self.history.best() is record:
-            best = self.network if self.ema is None else self.ema.module
-            checkpoint.save(self.out / BEST, {"state_dict": best.state_dict()})
-        self.history.write(self.out / HISTORY)
         self.board.epoch(record)
         averaged = "" if self.ema is None else f" (averaged {record.accuracy:.2%})"
         self.say(
@@ -297,7 +297,7 @@ class Run:
         return tqdm(items, what, count, initial=done, leave=False, disable=None)
 
     def save(self) -> None:
-        """Write everything that :meth:`load` needs to go on from here.
+        """Write everything that :meth:`load` needs to go on from here, and the history.
 
         A step whose own loss was finite may have thrown the weights away all the same.
         """
@@ -327,6 +327,7 @@ class Run:
                 "history": {"steps": history["steps"], "epochs": history["epochs"]},
             },
         )
+        self.history.write(self.out / HISTORY)
 
     def load(self, saved: dict[str, Any]) -> None:
         """Go on from a checkpoint.

@@ -206,6 +206,7 @@ def test_a_signal_saves_and_the_run_goes_on_with_the_same_bits(
         with pytest.raises(Interrupted, match=f"after step {step}, .*checkpoint.pt is saved"):
             run(config)
     assert final(tmp_path / "parts")["step"] == step
+    assert len(json.loads((tmp_path / "parts" / HISTORY).read_text())["steps"]) == step
     run(replace(config, resume=True))
     assert same(final(tmp_path / "parts"), final(tmp_path / "straight"))
 
