@@ -127,9 +127,9 @@ def _quantity(argument: str, text: str | None, units: Mapping[str, float]) -> fl
     found = re.fullmatch(r"(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)\s*([a-z]*)", text.strip().lower())
     if found is None or found[2] not in units or float(found[1]) <= 0:
         listed = ", ".join(unit for unit in units if unit)
-        optional = "perhaps with " if "" in units else "with "
+        how = "perhaps with" if "" in units else "with"
         raise ValueError(
-            f"{argument}: {text!r} is given, a positive number {optional}one of {listed} is accepted"
+            f"{argument}: {text!r} is given, a positive number {how} one of {listed} is accepted"
         )
     return float(found[1]) * units[found[2]]
 
@@ -193,9 +193,7 @@ def _plotter(path: Path) -> Callable[[str, Sequence[Mapping[str, Any]]], None]:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError(
-            "--plot needs matplotlib: pip install 'effkernels[benchmarks]'"
-        ) from None
+        raise ValueError("--plot needs matplotlib: pip install 'effkernels[benchmarks]'") from None
     accepted = FigureCanvasAgg.get_supported_filetypes()
     kind = path.suffix.lstrip(".").lower()
     if kind not in accepted:

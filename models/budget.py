@@ -371,9 +371,7 @@ def solve(
         over = tuple(constraint for constraint in constraints if constraint.excess > 1)
         if over or budget.latency is None:
             return over
-        fits = Constraint(
-            "this machine's memory", network.inference_memory.total, machine_memory()
-        )
+        fits = Constraint("this machine's memory", network.inference_memory.total, machine_memory())
         if fits.excess > 1:
             return (fits,)
         if network.variant not in latencies:

@@ -1,9 +1,9 @@
 """EfficientNet B0–B7 (Tan & Le, 2019) and EfficientNet-Lite0–4 (Google, 2020).
 
-One table of stages, one scaling rule; a variant is a row of coefficients. EfficientNetV2's rows are in
-``efficientnet_v2.py``. BatchNorm's eps and momentum, dropout and stochastic depth are those of
-the authors' released code (tensorflow/tpu, models/official/efficientnet, and its ``lite`` folder).
-State-dict keys are timm's.
+One table of stages, one scaling rule; a variant is a row of coefficients. EfficientNetV2's stages
+are in ``efficientnet_v2.py``. BatchNorm's eps and momentum, dropout and stochastic depth are those
+of the authors' released code (tensorflow/tpu, models/official/efficientnet, and its ``lite``
+folder). State-dict keys are timm's.
 """
 
 from __future__ import annotations
@@ -94,7 +94,11 @@ class Variant:
 
 
 BASE = Variant(
-    STAGES, STEM_CHANNELS, HEAD_CHANNELS, drop_rate=0.2, data_config=DataConfig(224, 224 + CROP_MARGIN)
+    STAGES,
+    STEM_CHANNELS,
+    HEAD_CHANNELS,
+    drop_rate=0.2,
+    data_config=DataConfig(224, 224 + CROP_MARGIN),
 )
 # The same for phones: no SE, ReLU6, ends that keep their size.
 LITE_BASE = replace(

@@ -254,7 +254,9 @@ class _Trunk(Planned):
         channels, reduction = variant.stem_channels, stride
         maps = [Feature(0, channels, reduction)]
         reduction *= 1 if small else 2
-        for index, (blocks, width) in enumerate(zip(variant.blocks, variant.widths, strict=True), 1):
+        for index, (blocks, width) in enumerate(
+            zip(variant.blocks, variant.widths, strict=True), 1
+        ):
             layer = nn.Sequential()
             for position in range(blocks):
                 stride = 2 if position == 0 and index > 1 else 1

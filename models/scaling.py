@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 MOST_PHI = 20.0  # in either direction: (α · β² · γ²)^20 is half a million with the paper's
 LEAST_RESOLUTION = 32  # a network of stride 32 then still has a pixel at its end
-_DECIMALS = 9  # products of decimal fractions are exact to so many: 10 · 1.1 is 11
+_DECIMALS = 9  # products of decimal fractions are exact to so many: 100 · 1.1 is 110
 
 
 class Multipliers(NamedTuple):
