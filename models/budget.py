@@ -10,7 +10,7 @@ import copy
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -124,7 +124,7 @@ class ScaledNetwork:
 
     @property
     def parameters(self) -> int:
-        return self._summary.parameters
+        return sum(parameter.numel() for parameter in self._meta.parameters())
 
     @property
     def macs(self) -> int:
@@ -365,19 +365,29 @@ def solve(
         known = networks.setdefault(network.variant, network)
         return known.at(network.phi)
 
-    def broken(step: int) -> tuple[Constraint, ...]:
+    def constraints(step: int) -> Iterator[Constraint]:
+        """Cheap ones first; latency only of what keeps to all others."""
         network = network_at(step)
-        constraints = _counted(network, budget)
-        over = tuple(constraint for constraint in constraints if constraint.excess > 1)
-        if over or budget.latency is None:
-            return over
-        fits = Constraint("this machine's memory", network.inference_memory.total, machine_memory())
+        kept = True
+        for constraint in _counted(network, budget):
+            kept = kept and constraint.excess <= 1
+            yield constraint
+        if budget.latency is None or not kept:
+            return
+        needed = network.inference_memory.total
+        fits = Constraint("this machine's memory", needed, machine_memory())
+        yield fits
         if fits.excess > 1:
-            return (fits,)
+            return
         if network.variant not in latencies:
             latencies[network.variant] = latency_of(network)
-        latency = Constraint("latency", latencies[network.variant], budget.latency)
-        return (latency,) if latency.excess > 1 else ()
+        yield Constraint("latency", latencies[network.variant], budget.latency)
+
+    def broken(step: int) -> tuple[Constraint, ...]:
+        return tuple(constraint for constraint in constraints(step) if constraint.excess > 1)
+
+    def keeps(step: int) -> bool:
+        return all(constraint.excess <= 1 for constraint in constraints(step))
 
     lowest, highest = math.ceil(least_phi * STEPS - 1e-6), math.floor(most_phi * STEPS + 1e-6)
     over = broken(lowest)
@@ -389,28 +399,21 @@ def solve(
         )
     # Whole φ upwards: a far too large network is never measured.
     low, high = lowest, highest + 1
-    binding: tuple[Constraint, ...] = ()
     while high - low > 1:
-        climbing = high > highest
-        step = min(low + STEPS, highest) if climbing else (low + high) // 2
-        over = broken(step)
-        if not over:
+        step = (low + high) // 2 if high <= highest else min(low + STEPS, highest)
+        if keeps(step):
             low = step
-            if step == highest:
-                break
         else:
-            high, binding = step, over
-    return Solution(network_at(low), binding)
+            high = step
+    return Solution(network_at(low), broken(high) if high <= highest else ())
 
 
-def _counted(network: ScaledNetwork, budget: Budget) -> list[Constraint]:
-    found = []
+def _counted(network: ScaledNetwork, budget: Budget) -> Iterator[Constraint]:
     if budget.parameters is not None:
-        found.append(Constraint("parameters", network.parameters, budget.parameters))
+        yield Constraint("parameters", network.parameters, budget.parameters)
     if budget.flops is not None:
-        found.append(Constraint("FLOPs", network.flops, budget.flops))
+        yield Constraint("FLOPs", network.flops, budget.flops)
     if budget.memory is not None:
         training = budget.mode == "training"
         needed = network.training_memory if training else network.inference_memory
-        found.append(Constraint(f"{budget.mode} memory", needed.total, budget.memory))
-    return found
+        yield Constraint(f"{budget.mode} memory", needed.total, budget.memory)

@@ -67,9 +67,10 @@ def memory(
     """What ``model`` needs at the peak of an inference or of a training step, predicted.
 
     Nothing is computed; ``model`` may be on the meta device and is left as it is. Counted is what
-    is in use, in float32. PyTorch itself is not counted, nor what the allocator holds back: glibc's
-    malloc as it comes does not give all freed memory back, and a process that trains had up to
-    1.6 times as much resident.
+    is in use, in float32, from the second call on. Not counted are PyTorch itself, the code that
+    oneDNN compiles for each layer (20 MB or so for EfficientNet-B0's training), and what the
+    allocator holds back: of a process that trained, with glibc's malloc as it comes, up to 1.6
+    times as much was resident.
 
     Args:
         model: takes [N, C, H, W] and gives [N, classes], as the networks of this library.

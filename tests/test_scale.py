@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from effkernels.models import ScaledNetwork
+from effkernels.models import budget as budget_module
 
 from effkernels import scale
 from effkernels.cli import main
-from effkernels.models import ScaledNetwork
-from effkernels.models import budget as budget_module
 
 CIFAR = ["--base", "resnet18", "--stem", "cifar", "--num-classes", "10"]
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from effkernels.models import Budget, CompoundScaling, Infeasible, ScaledNetwork, solve
 from effkernels.models import budget as budget_module
 from effkernels.models.budget import machine_memory
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 CIFAR = {"stem": "cifar", "num_classes": 10}
 
@@ -20,11 +19,11 @@ def quadratic(network: ScaledNetwork) -> float:
     return 1e-2 * network.macs / ScaledNetwork("resnet18", 0, options=network.options).macs
 
 
-@settings(max_examples=8)
-@given(st.floats(1.2e9, 2e10), st.floats(1.2e7, 2e8))
+@settings(max_examples=4)
+@given(st.floats(1.2e9, 1e10), st.floats(1.2e7, 6e7))
 def test_never_exceeds_and_is_the_largest(flops: float, parameters: float) -> None:
     limit = Budget(flops=flops, parameters=parameters)
-    solution = solve("resnet18", limit, most_phi=5, **CIFAR)
+    solution = solve("resnet18", limit, most_phi=3, **CIFAR)
     network = solution.network
     assert network.flops <= flops and network.parameters <= parameters
     larger = ScaledNetwork("resnet18", network.phi + 0.01, options=CIFAR)
@@ -36,7 +35,7 @@ def test_never_exceeds_and_is_the_largest(flops: float, parameters: float) -> No
         )
         if value > most
     }
-    if network.phi == 5:
+    if network.phi == 3:
         assert solution.binding == ()
     else:
         assert {constraint.name for constraint in solution.binding} == over != set()
@@ -47,16 +46,16 @@ def test_never_exceeds_and_is_the_largest(flops: float, parameters: float) -> No
 def test_monotone() -> None:
     """A larger budget never gives a smaller network."""
     for name, values in (
-        ("flops", (1.2e9, 1.5e9, 3e9, 1e10)),
-        ("parameters", (11.2e6, 2e7, 3e7, 9e7)),
-        ("memory", (1.5e8, 2e8, 3e8)),
-        ("latency", (0.0101, 0.02, 0.05)),
+        ("flops", (1.2e9, 1.5e9, 3e9)),
+        ("parameters", (11.2e6, 2e7, 3e7)),
+        ("memory", (1.5e8, 2.2e8)),
+        ("latency", (0.0101, 0.02)),
     ):
         found = [
             solve(
                 "resnet18",
                 Budget(**{name: value}),
-                most_phi=4,
+                most_phi=2,
                 latency_of=quadratic,
                 **CIFAR,
             ).network.phi

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
 from effkernels.models import report
 from effkernels.models.report import Figure, check, main
 

@@ -6,14 +6,14 @@ import math
 
 import pytest
 import torch
+from effkernels.models import CompoundScaling, create_model, create_scaled, efficientnet
+from effkernels.models.registry import scaled_variant
+from effkernels.models.scaling import scale_channels, scale_depth, scale_resolution
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 import effkernels as ek
-from effkernels.models import CompoundScaling, create_model, create_scaled, efficientnet
-from effkernels.models.registry import scaled_variant
-from effkernels.models.scaling import scale_channels, scale_depth, scale_resolution
 
 FACTORS = st.floats(0.05, 8.0)
 
