@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .models import Budget, CompoundScaling, ScaledNetwork, solve
+from .models import Budget, CompoundScaling, ScaledNetwork, list_models, solve
 from .models.budget import Constraint, check_fits, machine_memory
 from .models.common import text_table
 from .models.memory import MODES
@@ -42,7 +42,7 @@ def run(parsed: argparse.Namespace) -> None:
     scaling = CompoundScaling(**{k: value for k, value in given.items() if value is not None})
     options: dict[str, Any] = {"num_classes": parsed.num_classes}
     if parsed.stem is not None:
-        if not parsed.base.startswith("resnet"):
+        if parsed.base in list_models("efficientnet*"):
             raise ValueError(f"--stem: {parsed.base} has one stem, only ResNets have a choice")
         options["stem"] = parsed.stem
     if parsed.mode not in MODES:
@@ -134,8 +134,10 @@ def _quantity(argument: str, text: str | None, units: Mapping[str, float]) -> fl
     return float(found[1]) * units[found[2]]
 
 
-_HEAD = ("phi", "resolution", "depth (blocks)", "width (last stage)", "parameters", "MACs")
-_HEAD += ("FLOPs", "activations", "inference", "training", "measured")
+_HEAD = (
+    *("phi", "resolution", "depth (blocks)", "width (last stage)", "parameters", "MACs"),
+    *("FLOPs", "activations", "inference", "training", "measured"),
+)
 
 
 def _table(

@@ -142,7 +142,7 @@ def b0_stages() -> Section:
             str(value) if value == wanted else f"{value} / **{wanted}**"
             for value, wanted in zip(ours, source, strict=True)
         ]
-        rows.append([number, cells[0], *cells[1:]])
+        rows.append([number, *cells])
         name = f"EfficientNet-B0, stage {number}"
         figures.append(Figure(f"{name}, operator", ours.operator == source.operator, "1"))
         for column in ("resolution", "channels", "layers"):
@@ -172,8 +172,7 @@ def _block_stage(stage: nn.Module) -> _B0Stage:
 
 def _convolutions(block: nn.Module) -> list[nn.Conv2d]:
     """A block's convolutions without those of squeeze-and-excitation."""
-    named = block.named_children()
-    return [module for _, module in named if isinstance(module, nn.Conv2d)]
+    return [module for module in block.children() if isinstance(module, nn.Conv2d)]
 
 
 def _in_channels(block: nn.Module) -> int:
@@ -214,6 +213,7 @@ def family() -> Section:
     for name, source in _FAMILY_SOURCE.items():
         coefficients = efficientnet.COEFFICIENTS[name]
         model = _on_meta(partial(registry.create_model, name))
+        assert isinstance(model, efficientnet.EfficientNet)
         resolution = model.data_config.resolution
         found = summary(model, (3, resolution, resolution))
         peer = next(iter(get_model_weights(name)))

@@ -106,6 +106,7 @@ def test_bytes(text: str, value: float) -> None:
         (["--base", "resnet18", "--num-classes", "-2", "--no-measure"], "num_classes is -2"),
         (["--base", "resnet18", "--stem", "mnist"], "stem is 'mnist'"),
         (["--base", "efficientnet_b0", "--stem", "cifar"], "--stem: efficientnet_b0 has one stem"),
+        (["--base", "resnet81", "--stem", "cifar"], "no model is called 'resnet81'"),
         (["--base", "resnet18", "--optimizer", "lion"], "optimizer is 'lion'"),
         (["--base", "resnet18", "--mode", "both"], "--mode: 'both' is given"),
         (["--base", "resnet18", "--plot", "costs.doc"], "a file ending in .png"),
