@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 from effkernels.models import CompoundScaling
-from effkernels.models.search import Trial, candidates, grid_search, plot
+from effkernels.models.search import STUDY, Trial, candidates, grid_search, plot
 
-pytest.importorskip("optuna")
+optuna = pytest.importorskip("optuna")
 GRID = [CompoundScaling(1 + index / 10, 1.1, 1.1) for index in range(9)]
 
 
@@ -64,6 +64,15 @@ def test_continued(tmp_path: Path) -> None:
     third = Evaluate()
     assert grid_search(third, tmp_path / "study.db", GRID) == trials
     assert third.calls == []
+
+
+def test_a_killed_process_leaves_its_candidate_to_the_next(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        grid_search(Evaluate(dies_after=0), tmp_path / "study.db", GRID[:3])
+    study = optuna.load_study(study_name=STUDY, storage=f"sqlite:///{tmp_path / 'study.db'}")
+    study.ask()  # running, and nobody will ever tell
+    trials = grid_search(Evaluate(), tmp_path / "study.db", GRID[:3])
+    assert {trial.scaling for trial in trials} == set(GRID[:3]) and len(trials) == 3
 
 
 def test_a_failed_candidate_is_tried_again(tmp_path: Path) -> None:
