@@ -362,8 +362,7 @@ def solve(
 
     def network_at(step: int) -> ScaledNetwork:
         network = ScaledNetwork(base, step / STEPS, scaling, batch, optimizer, options)
-        known = networks.setdefault(network.variant, network)
-        return known.at(network.phi)
+        return networks.setdefault(network.variant, network)
 
     def constraints(step: int) -> Iterator[Constraint]:
         """Cheap ones first; latency only of what keeps to all others."""
@@ -405,7 +404,8 @@ def solve(
             low = step
         else:
             high = step
-    return Solution(network_at(low), broken(high) if high <= highest else ())
+    network = network_at(low).at(low / STEPS)
+    return Solution(network, broken(high) if high <= highest else ())
 
 
 def _counted(network: ScaledNetwork, budget: Budget) -> Iterator[Constraint]:
