@@ -1,4 +1,4 @@
-"""The ``effkernels`` command: ``info``, ``summary``, ``explain`` and ``classify``."""
+"""The ``effkernels`` command: ``info``, ``summary``, ``scale``, ``explain`` and ``classify``."""
 
 from __future__ import annotations
 
@@ -47,6 +47,10 @@ def _parser() -> argparse.ArgumentParser:
     summary.add_argument("--num-classes", type=int, metavar="N", help="outputs (default: 1000)")
     summary.set_defaults(run=_summary)
 
+    scale = commands.add_parser("scale", help="compound-scaled networks, by phi or by a budget")
+    _add_scale_arguments(scale)
+    scale.set_defaults(run=_scale)
+
     explain = commands.add_parser("explain", help="what runs in a network, and why")
     explain.add_argument("model", metavar="MODEL", help=model_help)
     explain.add_argument("--profile", action="store_true", help="measure every row's time")
@@ -72,6 +76,32 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_scale_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", required=True, metavar="NAME", help="network that is scaled")
+    parser.add_argument(
+        "--phi", type=float, nargs="+", metavar="PHI", help="how far (default: 0 1 2, or a budget)"
+    )
+    budget = parser.add_argument_group("budget", "the largest network that keeps to all of these")
+    budget.add_argument("--flops", help="per image, two per multiply-add: 4G")
+    budget.add_argument("--macs", help="per image, multiply-adds, which papers call FLOPs: 2G")
+    budget.add_argument("--params", help="parameters: 10M")
+    budget.add_argument("--memory", help="at the peak of --mode, predicted: 8GB, 512MiB")
+    budget.add_argument("--latency", help="of a batch in evaluation mode, measured: 20ms")
+    budget.add_argument("--mode", default="inference", help="inference (default) or training")
+    parser.add_argument("--alpha", type=float, help="of depth (default: the paper's 1.2)")
+    parser.add_argument("--beta", type=float, help="of width (default: 1.1)")
+    parser.add_argument("--gamma", type=float, help="of resolution (default: 1.15)")
+    parser.add_argument("--batch", type=int, default=1, help="images (default: %(default)s)")
+    parser.add_argument("--num-classes", type=int, default=1000, help="default: %(default)s")
+    parser.add_argument("--stem", help="of ResNets: imagenet (default) or cifar")
+    parser.add_argument("--optimizer", default="sgd", help="sgd (default, with momentum) or adam")
+    parser.add_argument(
+        "--no-measure", action="store_true", help="run nothing: for another machine than this one"
+    )
+    parser.add_argument("--json", action="store_true", help="print as JSON")
+    parser.add_argument("--plot", metavar="FILE", help="draw costs against phi")
+
+
 # Imports are inside, so that one command does not wait for what only another needs.
 
 
@@ -92,6 +122,12 @@ def _summary(parsed: argparse.Namespace) -> None:
         model = _model(parsed.model, options)
     result = summary(model, _input_shape(parsed.input, model))
     print(json.dumps(result.to_dict(), indent=2) if parsed.json else result)
+
+
+def _scale(parsed: argparse.Namespace) -> None:
+    from . import scale
+
+    scale.run(parsed)
 
 
 def _explain(parsed: argparse.Namespace) -> None:

@@ -199,6 +199,14 @@ def winograd_width(
     return 4 if size[1] >= 20 else 2
 
 
+def packed_bytes(weight: Tensor, winograd_width: int = 0) -> int:
+    """Bytes of a convolution's weight, [K, ...] or a depthwise one's, as its kernel reads it."""
+    channels, values = weight.shape[0], weight[0].numel()
+    if winograd_width:  # its matrices instead of nine taps
+        values = values // 9 * len(_WINOGRAD[2]) * len(_WINOGRAD[winograd_width])
+    return -(-channels // _PANEL) * _PANEL * values * torch.float32.itemsize
+
+
 def prepack(
     weight: Tensor, stride: Sequence[int], dilation: Sequence[int], depthwise: bool
 ) -> None:

@@ -2,11 +2,14 @@
 
 from functools import partial
 
+from .budget import Budget, Infeasible, ScaledNetwork, Solution, solve
 from .checkpoints import LoadResult, convert_state_dict, load_checkpoint
 from .common import DataConfig, Feature
 from .efficientnet import EfficientNet, EfficientNetFeatures
-from .registry import create_model, list_models
+from .memory import Memory, memory
+from .registry import create_model, create_scaled, list_models
 from .resnet import ResNet, ResNetFeatures
+from .scaling import CompoundScaling
 from .summary import Summary, summary
 
 efficientnet_b0 = partial(create_model, "efficientnet_b0")
@@ -32,18 +35,27 @@ resnet101 = partial(create_model, "resnet101")
 resnet152 = partial(create_model, "resnet152")
 
 __all__ = [
+    "Budget",
+    "CompoundScaling",
     "DataConfig",
     "EfficientNet",
     "EfficientNetFeatures",
     "Feature",
+    "Infeasible",
     "LoadResult",
+    "Memory",
     "ResNet",
     "ResNetFeatures",
+    "ScaledNetwork",
+    "Solution",
     "Summary",
     "convert_state_dict",
     "create_model",
+    "create_scaled",
     "list_models",
     "load_checkpoint",
+    "memory",
+    "solve",
     "summary",
     *(f"efficientnet_b{index}" for index in range(8)),
     *(f"efficientnet_lite{index}" for index in range(5)),

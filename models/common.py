@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -21,6 +22,11 @@ class DataConfig:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     interpolation: str = "bicubic"
+
+    def at(self, resolution: int) -> DataConfig:
+        """The same for images of another size; as many pixels are cropped."""
+        margin = self.resize - self.resolution
+        return replace(self, resolution=resolution, resize=resolution + margin)
 
 
 class Feature(NamedTuple):
@@ -46,3 +52,16 @@ def class_count(owner: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"{owner}: num_classes is {value!r}, a non-negative integer is accepted")
     return value
+
+
+def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> list[str]:
+    """Lines of a table whose first ``left`` columns are aligned left, the others right."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = []
+    for row in (head, tuple("-" * width for width in widths), *rows):
+        cells = [
+            f"{text:<{width}}" if index < left else f"{text:>{width}}"
+            for index, (text, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines

@@ -1,9 +1,9 @@
 """EfficientNet B0–B7 (Tan & Le, 2019) and EfficientNet-Lite0–4 (Google, 2020).
 
-One table of stages, one scaling rule; a variant is a row. EfficientNetV2's rows are in
-``efficientnet_v2.py``. BatchNorm's eps and momentum, dropout and stochastic depth are those of
-the authors' released code (tensorflow/tpu, models/official/efficientnet, and its ``lite`` folder).
-State-dict keys are timm's.
+One table of stages, one scaling rule; a variant is a row of coefficients. EfficientNetV2's stages
+are in ``efficientnet_v2.py``. BatchNorm's eps and momentum, dropout and stochastic depth are those
+of the authors' released code (tensorflow/tpu, models/official/efficientnet, and its ``lite``
+folder). State-dict keys are timm's.
 """
 
 from __future__ import annotations
@@ -67,52 +67,84 @@ class Variant:
     bn_momentum: float = 0.01  # PyTorch's sense: 0.99 of the old statistics are kept
     act_layer: type[nn.Module] = nn.SiLU
     padding: str = "symmetric"
+    fixed_ends: bool = False  # stem, head and the outer stages' depth are not scaled
 
-
-def scaled(width: float, depth: float, resolution: int, drop_rate: float) -> Variant:
-    """The base network with ``width`` times its channels and ``depth`` times its blocks."""
-    stages = tuple(
-        stage._replace(
-            blocks=scale_depth(stage.blocks, depth),
-            out_channels=scale_channels(stage.out_channels, width),
+    def scaled(self, depth: float, width: float, resolution: int) -> Variant:
+        """The network with ``depth`` times its blocks and ``width`` times its channels."""
+        stages = [
+            stage._replace(
+                blocks=scale_depth(stage.blocks, depth),
+                out_channels=scale_channels(stage.out_channels, width),
+            )
+            for stage in self.stages
+        ]
+        stem, head = self.stem_channels, self.head_channels
+        if self.fixed_ends:
+            for outer in (0, -1):
+                stages[outer] = stages[outer]._replace(blocks=self.stages[outer].blocks)
+        else:
+            stem, head = (scale_channels(channels, width) for channels in (stem, head))
+        return replace(
+            self,
+            stages=tuple(stages),
+            stem_channels=stem,
+            head_channels=head,
+            data_config=self.data_config.at(resolution),
         )
-        for stage in STAGES
-    )
-    stem, head = (scale_channels(channels, width) for channels in (STEM_CHANNELS, HEAD_CHANNELS))
-    return Variant(stages, stem, head, drop_rate, DataConfig(resolution, resolution + CROP_MARGIN))
 
 
-def lite(width: float, depth: float, resolution: int, drop_rate: float) -> Variant:
-    """The same for phones: no SE, ReLU6; stem, head and the outer stages keep their size."""
-    variant = scaled(width, depth, resolution, drop_rate)
-    stages = [stage._replace(se_ratio=0.0) for stage in variant.stages]
-    for outer in (0, -1):
-        stages[outer] = stages[outer]._replace(blocks=STAGES[outer].blocks)
-    return replace(
-        variant,
-        stages=tuple(stages),
-        stem_channels=STEM_CHANNELS,
-        head_channels=HEAD_CHANNELS,
-        data_config=replace(variant.data_config, mean=(127 / 255,) * 3, std=(128 / 255,) * 3),
-        act_layer=nn.ReLU6,
-        padding="same",
-    )
+BASE = Variant(
+    STAGES,
+    STEM_CHANNELS,
+    HEAD_CHANNELS,
+    drop_rate=0.2,
+    data_config=DataConfig(224, 224 + CROP_MARGIN),
+)
+# The same for phones: no SE, ReLU6, ends that keep their size.
+LITE_BASE = replace(
+    BASE,
+    stages=tuple(stage._replace(se_ratio=0.0) for stage in STAGES),
+    data_config=replace(BASE.data_config, mean=(127 / 255,) * 3, std=(128 / 255,) * 3),
+    act_layer=nn.ReLU6,
+    padding="same",
+    fixed_ends=True,
+)
 
 
+class Coefficients(NamedTuple):
+    """A row of the released code: what makes a network of the base."""
+
+    width: float
+    depth: float
+    resolution: int
+    drop_rate: float
+
+    def of(self, base: Variant) -> Variant:
+        """The network that this row makes of ``base``."""
+        variant = base.scaled(self.depth, self.width, self.resolution)
+        return replace(variant, drop_rate=self.drop_rate)
+
+
+COEFFICIENTS = {
+    "efficientnet_b0": Coefficients(1.0, 1.0, 224, 0.2),
+    "efficientnet_b1": Coefficients(1.0, 1.1, 240, 0.2),
+    "efficientnet_b2": Coefficients(1.1, 1.2, 260, 0.3),
+    "efficientnet_b3": Coefficients(1.2, 1.4, 300, 0.3),
+    "efficientnet_b4": Coefficients(1.4, 1.8, 380, 0.4),
+    "efficientnet_b5": Coefficients(1.6, 2.2, 456, 0.4),
+    "efficientnet_b6": Coefficients(1.8, 2.6, 528, 0.5),
+    "efficientnet_b7": Coefficients(2.0, 3.1, 600, 0.5),
+}
+LITE_COEFFICIENTS = {
+    "efficientnet_lite0": Coefficients(1.0, 1.0, 224, 0.2),
+    "efficientnet_lite1": Coefficients(1.0, 1.1, 240, 0.2),
+    "efficientnet_lite2": Coefficients(1.1, 1.2, 260, 0.3),
+    "efficientnet_lite3": Coefficients(1.2, 1.4, 280, 0.3),
+    "efficientnet_lite4": Coefficients(1.4, 1.8, 300, 0.3),
+}
 VARIANTS = {
-    "efficientnet_b0": scaled(1.0, 1.0, 224, 0.2),
-    "efficientnet_b1": scaled(1.0, 1.1, 240, 0.2),
-    "efficientnet_b2": scaled(1.1, 1.2, 260, 0.3),
-    "efficientnet_b3": scaled(1.2, 1.4, 300, 0.3),
-    "efficientnet_b4": scaled(1.4, 1.8, 380, 0.4),
-    "efficientnet_b5": scaled(1.6, 2.2, 456, 0.4),
-    "efficientnet_b6": scaled(1.8, 2.6, 528, 0.5),
-    "efficientnet_b7": scaled(2.0, 3.1, 600, 0.5),
-    "efficientnet_lite0": lite(1.0, 1.0, 224, 0.2),
-    "efficientnet_lite1": lite(1.0, 1.1, 240, 0.2),
-    "efficientnet_lite2": lite(1.1, 1.2, 260, 0.3),
-    "efficientnet_lite3": lite(1.2, 1.4, 280, 0.3),
-    "efficientnet_lite4": lite(1.4, 1.8, 300, 0.3),
+    **{name: row.of(BASE) for name, row in COEFFICIENTS.items()},
+    **{name: row.of(LITE_BASE) for name, row in LITE_COEFFICIENTS.items()},
 }
 
 

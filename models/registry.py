@@ -13,6 +13,7 @@ from torch import nn
 
 from . import efficientnet, efficientnet_v2, resnet
 from .checkpoints import load_checkpoint
+from .scaling import LEAST_RESOLUTION, CompoundScaling, scale_resolution
 
 if TYPE_CHECKING:
     from torchvision.models import WeightsEnum
@@ -25,6 +26,7 @@ Network = (
     | resnet.ResNet
     | resnet.ResNetFeatures
 )
+Variant = efficientnet.Variant | resnet.Variant
 _HEAD_OPTIONS = ("num_classes", "drop_rate")  # mean nothing to a feature extractor
 
 
@@ -61,29 +63,83 @@ def create_model(
         TypeError: for an option that the network does not have, or ``weights`` of another type.
         FileNotFoundError, RuntimeError: from :func:`load_checkpoint`.
     """
-    if name not in _NAMES:
-        nearest = difflib.get_close_matches(str(name), _NAMES, n=3, cutoff=0.5)
-        hint = f"nearest are {', '.join(nearest)}" if nearest else f"accepted: {list_models()}"
-        raise ValueError(f"create_model: no model is called {name!r}; {hint}")
+    variant = _variant("create_model", name)
     if features_only:
         options = {key: value for key, value in options.items() if key not in _HEAD_OPTIONS}
     if not isinstance(weights, Enum):
-        model = _build(name, features_only, options)
+        model = _build(variant, features_only, options)
         if weights is not None:
             load_checkpoint(model, weights)
         return model
     from . import torchvision_weights  # here, because it takes a second
 
     torchvision_weights.check(name, weights, options.get("num_classes"))
-    model = _build(name, features_only, torchvision_weights.norm_options(name) | options)
+    options = torchvision_weights.norm_options(name) | options
+    model = _build(variant, features_only, options)
     load_checkpoint(model, torchvision_weights.state_dict(weights))
     model.data_config = torchvision_weights.data_config(weights)
     return model
 
 
-def _build(name: str, features_only: bool, options: dict[str, Any]) -> Network:
+def create_scaled(
+    base: str,
+    phi: float,
+    scaling: CompoundScaling | None = None,
+    *,
+    features_only: bool = False,
+    **options: Any,
+) -> nn.Module:
+    """The network called ``base``, scaled to φ; its ``data_config`` has the images' new size.
+
+    Args:
+        base: one of :func:`list_models`.
+        phi: 0 for ``base`` itself; the paper counts upwards in steps of 1.
+        scaling: the coefficients; None for the paper's.
+        features_only, options: as for :func:`create_model`; there are no weights for such networks.
+
+    Raises:
+        ValueError: for an unknown base, a bad option, a ``phi`` beyond ±20 or one that makes the
+            images smaller than 32 pixels.
+        TypeError: for an option that the network does not have.
+    """
+    if features_only:
+        options = {key: value for key, value in options.items() if key not in _HEAD_OPTIONS}
+    return _build(scaled_variant(base, phi, scaling, **options), features_only, options)
+
+
+def scaled_variant(
+    base: str, phi: float, scaling: CompoundScaling | None = None, **options: Any
+) -> Variant:
+    """The stage table of :func:`create_scaled`'s network; with its errors."""
+    variant = _variant("create_scaled", base)
+    if isinstance(variant, resnet.Variant):
+        stem = options.get("stem", resnet.IMAGENET_STEM)
+        resolution = variant.resolution or resnet.data_of(stem).resolution
+    else:
+        resolution = variant.data_config.resolution
+    depth, width, factor = (scaling or CompoundScaling()).at(phi)
+    scaled = scale_resolution(resolution, factor)
+    if scaled < LEAST_RESOLUTION:
+        raise ValueError(
+            f"create_scaled: phi is {phi!r}, which makes {base}'s images {scaled} pixels wide; "
+            f"{LEAST_RESOLUTION} or more are accepted"
+        )
+    return variant.scaled(depth, width, scaled)
+
+
+def _variant(function: str, name: str) -> Variant:
     if name in resnet.VARIANTS:
+        return resnet.VARIANTS[name]
+    if name in _EFFICIENTNETS:
+        return _EFFICIENTNETS[name]
+    nearest = difflib.get_close_matches(str(name), _NAMES, n=3, cutoff=0.5)
+    hint = f"nearest are {', '.join(nearest)}" if nearest else f"accepted: {list_models()}"
+    raise ValueError(f"{function}: no model is called {name!r}; {hint}")
+
+
+def _build(variant: Variant, features_only: bool, options: dict[str, Any]) -> Network:
+    if isinstance(variant, resnet.Variant):
         network = resnet.ResNetFeatures if features_only else resnet.ResNet
-        return network(resnet.VARIANTS[name], **options)
+        return network(variant, **options)
     family = efficientnet.EfficientNetFeatures if features_only else efficientnet.EfficientNet
-    return family(_EFFICIENTNETS[name], **options)
+    return family(variant, **options)

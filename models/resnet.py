@@ -20,12 +20,11 @@ from effkernels.modules.mbconv import NO_ACTIVATION
 from effkernels.modules.plan import Planned
 
 from .common import DataConfig, Feature, class_count, last_of_each_resolution
-from .scaling import scale_channels
+from .scaling import scale_channels, scale_depth
 
 NAME = "ResNet"  # in errors
 STEM_CHANNELS = 64
 WIDTHS = (64, 128, 256, 512)  # of the four layers, before a block's expansion
-STEMS = ("imagenet", "cifar")
 BN_EPS, BN_MOMENTUM = 1e-5, 0.1
 
 NormLayer = Callable[[int], nn.BatchNorm2d]
@@ -34,6 +33,16 @@ ActLayer = Callable[[], nn.Module]
 IMAGENET_DATA = DataConfig(224, 256, interpolation="bilinear")
 # CIFAR-10's own statistics; its images are taken as they are.
 CIFAR_DATA = DataConfig(32, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "bilinear")
+IMAGENET_STEM = "imagenet"
+_DATA = {IMAGENET_STEM: IMAGENET_DATA, "cifar": CIFAR_DATA}
+
+
+def data_of(stem: str) -> DataConfig:
+    """What a network with this stem expects, before it is scaled."""
+    if stem not in tuple(_DATA):
+        accepted = " or ".join(repr(name) for name in _DATA)
+        raise ValueError(f"{NAME}: stem is {stem!r}, {accepted} is accepted")
+    return _DATA[stem]
 
 
 class ResNetSqueezeExcite(SqueezeExcite):
@@ -183,7 +192,19 @@ class Variant(NamedTuple):
     """A row of the family."""
 
     block: type[BasicBlock] | type[Bottleneck]
-    blocks: tuple[int, int, int, int]  # in each of the four layers
+    blocks: tuple[int, ...]  # in each of the four layers
+    widths: tuple[int, ...] = WIDTHS
+    stem_channels: int = STEM_CHANNELS
+    resolution: int | None = None  # None: the stem's
+
+    def scaled(self, depth: float, width: float, resolution: int) -> Variant:
+        """The network with ``depth`` times its blocks and ``width`` times its channels."""
+        return self._replace(
+            blocks=tuple(scale_depth(blocks, depth) for blocks in self.blocks),
+            widths=tuple(scale_channels(channels, width) for channels in self.widths),
+            stem_channels=scale_channels(self.stem_channels, width),
+            resolution=resolution,
+        )
 
 
 VARIANTS = {
@@ -215,27 +236,27 @@ class _Trunk(Planned):
     ) -> None:
         super().__init__()
         arguments.positive(NAME, "in_channels", in_channels)
-        if stem not in STEMS:
-            accepted = " or ".join(repr(name) for name in STEMS)
-            raise ValueError(f"{NAME}: stem is {stem!r}, {accepted} is accepted")
+        data = data_of(stem)
         if se_ratio is not None and se_ratio != 0:
             arguments.ratio(NAME, "se_ratio", se_ratio)
         norm_layer = partial(nn.BatchNorm2d, eps=bn_eps, momentum=bn_momentum)
         small = stem == "cifar"
-        self.data_config = CIFAR_DATA if small else IMAGENET_DATA
+        self.data_config = data.at(variant.resolution or data.resolution)
 
         kernel_size, stride = (3, 1) if small else (7, 2)
         self.conv1 = nn.Conv2d(
-            in_channels, STEM_CHANNELS, kernel_size, stride, kernel_size // 2, bias=False
+            in_channels, variant.stem_channels, kernel_size, stride, kernel_size // 2, bias=False
         )
-        self.bn1 = norm_layer(STEM_CHANNELS)
+        self.bn1 = norm_layer(variant.stem_channels)
         self.act1 = act_layer()
         self.maxpool: nn.Module = nn.Identity() if small else nn.MaxPool2d(3, 2, 1)
 
-        channels, reduction = STEM_CHANNELS, stride
+        channels, reduction = variant.stem_channels, stride
         maps = [Feature(0, channels, reduction)]
         reduction *= 1 if small else 2
-        for index, (blocks, width) in enumerate(zip(variant.blocks, WIDTHS, strict=True), 1):
+        for index, (blocks, width) in enumerate(
+            zip(variant.blocks, variant.widths, strict=True), 1
+        ):
             layer = nn.Sequential()
             for position in range(blocks):
                 stride = 2 if position == 0 and index > 1 else 1
@@ -291,7 +312,7 @@ class ResNet(_Trunk):
         variant: Variant,
         num_classes: int = 1000,
         in_channels: int = 3,
-        stem: str = "imagenet",
+        stem: str = IMAGENET_STEM,
         se_ratio: float | None = None,
         act_layer: ActLayer = nn.ReLU,
         drop_rate: float = 0.0,
@@ -337,7 +358,7 @@ class ResNetFeatures(_Trunk):
         self,
         variant: Variant,
         in_channels: int = 3,
-        stem: str = "imagenet",
+        stem: str = IMAGENET_STEM,
         se_ratio: float | None = None,
         act_layer: ActLayer = nn.ReLU,
         zero_init_residual: bool = False,

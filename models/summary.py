@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .common import text_table
+
 BYTES = 4  # of a value, whatever dtype the network has: figures of float32
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Identity)
 
@@ -53,14 +55,7 @@ class Summary:
             )
             for layer in self.layers
         ]
-        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-        lines = []
-        for row in (head, tuple("-" * width for width in widths), *rows):
-            cells = [
-                f"{text:<{width}}" if index < 3 else f"{text:>{width}}"
-                for index, (text, width) in enumerate(zip(row, widths, strict=True))
-            ]
-            lines.append("  ".join(cells).rstrip())
+        lines = text_table(head, rows, left=3)
         return "\n".join(
             [
                 *lines,

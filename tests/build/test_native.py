@@ -186,7 +186,10 @@ def test_cuda_architectures(tmp_path: Path, wanted: str | None, expected: list[s
 
 
 def test_an_older_nvcc_compiles_for_what_it_knows(tmp_path: Path) -> None:
-    assert native.cuda_architectures(nvcc_that_knows(tmp_path, "80", "90"), {}) == ["8.0", "9.0+PTX"]
+    assert native.cuda_architectures(nvcc_that_knows(tmp_path, "80", "90"), {}) == [
+        "8.0",
+        "9.0+PTX",
+    ]
     with pytest.raises(native.BuildError, match="compiles for none of 8.0, 9.0"):
         native.cuda_architectures(nvcc_that_knows(tmp_path, "70"), {})
 
