@@ -85,6 +85,7 @@ class History:
                 if any(value is not None for value in values):
                     axes.plot(epochs, values, marker=".", label=name.replace("_", " "))
             axes.set_xlabel("epoch")
+            axes.xaxis.get_major_locator().set_params(integer=True)
             axes.grid(alpha=0.3)
             if epochs:
                 axes.legend()

@@ -38,8 +38,8 @@ from tests.models.tiny_training import CLASSES, tiny_config
 
 
 @pytest.fixture(autouse=True)
-def _tiny() -> None:
-    tiny_training.register()
+def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_training.register(monkeypatch)
 
 
 @pytest.fixture(scope="module")

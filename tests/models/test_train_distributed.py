@@ -32,6 +32,11 @@ class Killed(NamedTuple):
     errors: str
 
 
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_training.register(monkeypatch)
+
+
 def child(parent: int, rank: int) -> int | None:
     """The process of ``rank`` that torchrun has started."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -94,7 +99,6 @@ def test_a_killed_process_ends_the_run_and_the_checkpoint_loads(killed: Killed) 
     out = Path(killed.config.out)
     state = checkpoint.load(out / CHECKPOINT)
     assert state["step"] >= 6 and len(state["rng"]) == 2
-    tiny_training.register()
     model = create_model("tiny", num_classes=tiny_training.CLASSES, weights=out / CHECKPOINT).eval()
     assert model(torch.randn(1, 3, 16, 16)).isfinite().all()
     assert not list(out.glob(".*.pt*"))
@@ -105,7 +109,6 @@ def test_a_killed_process_ends_the_run_and_the_checkpoint_loads(killed: Killed) 
 def test_two_processes_are_one_with_the_double_batch(
     killed: Killed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny_training.register()
     two = json.loads((Path(killed.config.out) / HISTORY).read_text())
     config = replace(
         killed.config, batch_size=8, sync_bn=False, limit_steps=6, out=str(tmp_path / "one")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from effkernels.models import registry
 from effkernels.models.common import DataConfig
@@ -26,11 +27,10 @@ TINY = Variant(
 )
 
 
-def register() -> None:
+def register(patch: pytest.MonkeyPatch) -> None:
     """Let ``create_model`` know the network ``tiny``: an EfficientNet with three blocks."""
-    registry._EFFICIENTNETS["tiny"] = TINY
-    if "tiny" not in registry._NAMES:
-        registry._NAMES = (*registry._NAMES, "tiny")
+    patch.setitem(registry._EFFICIENTNETS, "tiny", TINY)
+    patch.setattr(registry, "_NAMES", (*registry._NAMES, "tiny"))
 
 
 def picture(label: int, generator: torch.Generator, size: int = SIZE) -> Image.Image:
@@ -77,6 +77,6 @@ def tiny_config(data: Path, out: Path, **options: Any) -> TrainConfig:
 
 
 if __name__ == "__main__":
-    register()
+    register(pytest.MonkeyPatch())
     torch.set_num_threads(1)
     sys.exit(main())
