@@ -59,7 +59,7 @@ format: $(VENV)/.dev
 	$(BIN)/clang-format -i $(CSRC)
 
 clean:
-	rm -rf build dist *.egg-info effkernels/_cpu.so effkernels/_build_info.json
+	rm -rf build dist *.egg-info effkernels/_cpu.so effkernels/_cuda.so effkernels/_build_info.json
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # Setting up, with plain pip: an isolated build that brings its own setuptools, and torch if the

@@ -2,7 +2,7 @@
 
 backend.py   what pip calls; decides whether the build needs torch installed
 command.py   the setuptools commands
-native.py    compiles csrc/ into effkernels/_cpu.so and records what was built
+native.py    compiles csrc/ into effkernels/_cpu.so and _cuda.so and records what was built
 locate.py    finds torch, the C++ compiler and nvcc, without importing torch
 
 `python -m build_tools` builds the kernels in place: only what changed, without pip or network.

@@ -21,7 +21,7 @@ class Build(setuptools_build):
 
 
 class BuildNative(Command):
-    """Compiles csrc/ into effkernels/_cpu.so, as EFFKERNELS_BUILD asks."""
+    """Compiles csrc/ into effkernels/_cpu.so and _cuda.so, as EFFKERNELS_BUILD asks."""
 
     description = "compile the kernels"
     user_options: list[tuple[str, str | None, str]] = []
@@ -51,7 +51,7 @@ class BuildNative(Command):
         if self.editable_mode:
             return []  # they lie beside the sources and need no copying
         assert self.build_lib is not None
-        names = (native.LIBRARY, native.INFO)
+        names = (native.LIBRARY, native.CUDA_LIBRARY, native.INFO)
         paths = [Path(self.build_lib, "effkernels", name) for name in names]
         return [str(path) for path in paths if path.exists()]
 

@@ -144,3 +144,12 @@ def nvcc_version(nvcc: Path) -> str | None:
         return None
     release = re.search(r"release (\d+\.\d+)", run.stdout)
     return release[1] if release else None
+
+
+def nvcc_libraries(nvcc: Path) -> list[str]:
+    """The directories in which this nvcc's own libraries are, as it says itself: it may be a script
+    that calls another."""
+    run = subprocess.run(
+        [str(nvcc), "--dryrun", "-o", "program", "object.o"], capture_output=True, text=True
+    )
+    return re.findall(r'"-L([^"]+)"', run.stderr)

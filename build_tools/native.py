@@ -1,11 +1,13 @@
-"""Compiles csrc/ into one shared library and records what was built, how, and what was not.
+"""Compiles csrc/ into shared libraries and records what was built, how, and what was not.
 
-The library is not a Python extension module: `torch.ops.load_library` loads it and it registers
+A library is not a Python extension module: `torch.ops.load_library` loads it and it registers
 its kernels with torch's stable ABI, so one build serves every Python and every torch >= 2.10.
 
-csrc/<op>/cpu.cpp   kernels; compiled once per instruction set of the machine's architecture
-csrc/common/*.cpp   compiled once, for any CPU of the architecture
-csrc/bindings/*.cpp compiled once; the only files that include torch
+csrc/<op>/cpu.cpp       kernels; compiled once per instruction set of the machine's architecture
+csrc/<op>/cuda.cu       kernels of the CUDA library; compiled by nvcc for all its architectures
+csrc/common/*.cpp       compiled once, for any CPU of the architecture
+csrc/bindings/cuda.cpp  of the CUDA library, the others of the CPU's; the only files that include
+                        torch
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,13 +34,16 @@ from build_tools.locate import (
     find_compiler,
     find_nvcc,
     find_torch,
+    nvcc_libraries,
     nvcc_version,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUESTS = ("auto", "cpu", "cuda", "0")
 LIBRARY = "_cpu.so"
+CUDA_LIBRARY = "_cuda.so"
 INFO = "_build_info.json"
+LABELS = {"cpu": "CPU", "cuda": "CUDA"}  # what the modules are called
 
 # No -march=native and no -ffast-math: a wheel runs on any CPU of its architecture, and NaN and
 # infinity keep their meaning. Contraction is off so that a fused multiply-add is one only where a
@@ -71,6 +76,11 @@ QUIET_FLAGS = {
 KERNEL_STANDARD = "-std=c++17"
 BINDINGS_FLAGS = ("-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000000000000")
 
+# Without TORCH_CUDA_ARCH_LIST. Code for 8.0 runs on 8.6 to 8.9 as it is, and the kernels use
+# nothing that came with those; the last is kept as PTX for what comes later.
+CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
+NVCC_FLAGS = ("-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden")
+
 # A heavily unrolled kernel file or torch's headers can take this much while compiling.
 BYTES_PER_JOB = 2 << 30
 
@@ -88,8 +98,9 @@ class Unit:
     """One translation unit: a source file and the flags of this compilation of it."""
 
     source: Path  # relative to the root
-    label: str  # instruction set, or "common" or "bindings"
+    label: str  # instruction set, or "common", "bindings" or "cuda"
     flags: tuple[str, ...]
+    compiler: Compiler | None = None  # if another one than the C++ compiler, with all its flags
 
     @property
     def object_name(self) -> str:
@@ -121,30 +132,29 @@ def build(
     modules: dict[str, dict[str, Any]] = {}
     failure = None
 
-    if request == "0":
-        cuda_reason = "EFFKERNELS_BUILD=0"
-    elif request == "cpu":
-        cuda_reason = "not asked for (EFFKERNELS_BUILD=cpu)"
-    else:
-        cuda_reason = why_no_cuda(torch, torch_missing, root)
-        if request == "cuda":
-            raise BuildError(f"CUDA kernels not built: {cuda_reason}")
-
-    try:
-        if request == "0":
-            raise BuildError("EFFKERNELS_BUILD=0")
-        modules["cpu"] = build_cpu(
+    builders: dict[str, Callable[[], dict[str, Any]]] = {
+        "cpu": lambda: build_cpu(
             package_dir / LIBRARY, torch, torch_missing, root, work_dir, sanitize
-        )
-    except BuildError as error:
-        # A library of an earlier build would contradict what is recorded here.
-        (package_dir / LIBRARY).unlink(missing_ok=True)
-        modules["cpu"] = {"built": False, "reason": str(error)}
-        if error.log:
-            print(error.log)
-        if request == "cpu":
-            failure = BuildError(f"CPU kernels not built: {error}")
-    modules["cuda"] = {"built": False, "reason": cuda_reason}
+        ),
+        "cuda": lambda: build_cuda(
+            package_dir / CUDA_LIBRARY, torch, torch_missing, root, work_dir
+        ),
+    }
+    for name, label in LABELS.items():
+        try:
+            if request == "0":
+                raise BuildError("EFFKERNELS_BUILD=0")
+            if name == "cuda" and request == "cpu":
+                raise BuildError("not asked for (EFFKERNELS_BUILD=cpu)")
+            modules[name] = builders[name]()
+        except BuildError as error:
+            # A library of an earlier build would contradict what is recorded here.
+            (package_dir / f"_{name}.so").unlink(missing_ok=True)
+            modules[name] = {"built": False, "reason": str(error)}
+            if error.log:
+                print(error.log)
+            if request == name:
+                failure = BuildError(f"{label} kernels not built: {error}")
 
     info = {
         "version": package_version(root),
@@ -162,10 +172,10 @@ def build(
 def summary(info: Mapping[str, Any]) -> str:
     """One line that says what was built and what not and why."""
     parts = []
-    for name, label in (("cpu", "CPU"), ("cuda", "CUDA")):
+    for name, label in LABELS.items():
         module = info["modules"][name]
         if module["built"]:
-            sets = ", ".join(module["isa_flags"])
+            sets = ", ".join(module["isa_flags"] if name == "cpu" else module["architectures"])
             torch = f"torch {info['torch']}"
             parts.append(f"{label} kernels built ({sets}; {module['compiler_name']}; {torch})")
         else:
@@ -173,8 +183,8 @@ def summary(info: Mapping[str, Any]) -> str:
     return "effkernels: " + "; ".join(parts)
 
 
-def why_no_cuda(torch: Torch | None, torch_missing: str, root: Path = ROOT) -> str:
-    """Why the CUDA module is not built. Whether the machine has a GPU is never asked."""
+def why_no_cuda(torch: Torch | None, torch_missing: str, root: Path = ROOT) -> str | None:
+    """Why the CUDA module cannot be built; None if it can. Nobody asks for a GPU."""
     if torch is None:
         return torch_missing
     if torch.cuda is None:
@@ -185,7 +195,9 @@ def why_no_cuda(torch: Torch | None, torch_missing: str, root: Path = ROOT) -> s
     release = nvcc_version(nvcc)
     if release is None or release.split(".")[0] != torch.cuda.split(".")[0]:
         return f"nvcc is CUDA {release or 'unknown'}, torch {torch.version} is CUDA {torch.cuda}"
-    return f"effkernels {package_version(root)} has no CUDA kernels"
+    if not list(root.glob("csrc/*/cuda.cu")):
+        return "there are no CUDA kernels in csrc/"
+    return None
 
 
 def build_cpu(
@@ -200,11 +212,7 @@ def build_cpu(
 
     Returns the module's part of the build information. Raises BuildError.
     """
-    if not sys.platform.startswith("linux"):
-        raise BuildError(f"kernels are built on Linux only, this is {sys.platform}")
-    compiler, compiler_missing = find_compiler()
-    if compiler is None:
-        raise BuildError(compiler_missing)
+    compiler = cxx_compiler()
     if torch is None:
         raise BuildError(torch_missing)
     isa_flags = ISA_FLAGS.get(platform.machine(), {"portable": ()})
@@ -217,11 +225,10 @@ def build_cpu(
         common = (*COMMON_FLAGS, *SANITIZE_FLAGS)
     common = (*common, *shlex.split(os.environ.get("CXXFLAGS", "")))
     work_dir = work_dir or root / "build" / ("native-asan" if sanitize else "native")
-    work_dir.mkdir(parents=True, exist_ok=True)
-    with locked(work_dir):
-        objects = compile_units(units, common, compiler, torch, root, work_dir)
-        library = link(objects, common, compiler, torch, work_dir)
-        replace_file(output, library.read_bytes(), mode=0o755)
+    tail = ["-ltorch_cpu"]
+    if not sanitize:
+        tail.append("-Wl,-z,defs")  # a kernel that is declared and not compiled is an error now
+    make(output, units, common, compiler, torch, root, work_dir, tail)
     return {
         "built": True,
         "reason": "",
@@ -233,12 +240,104 @@ def build_cpu(
     }
 
 
+def build_cuda(
+    output: Path,
+    torch: Torch | None,
+    torch_missing: str,
+    root: Path = ROOT,
+    work_dir: Path | None = None,
+) -> dict[str, Any]:
+    """Compiles and links the CUDA library, as :func:`build_cpu` does the CPU's.
+
+    The CUDA runtime is linked in, and finds the driver when a kernel is first used: the library
+    loads on machines without either.
+    """
+    reason = why_no_cuda(torch, torch_missing, root)
+    if reason is not None:
+        raise BuildError(reason)
+    compiler = cxx_compiler()
+    nvcc = find_nvcc()
+    assert torch is not None and nvcc is not None
+    architectures = cuda_architectures(nvcc)
+    flags = (
+        *("-ccbin", compiler.command[-1], KERNEL_STANDARD),
+        *NVCC_FLAGS,
+        *(flag for name in architectures for flag in gencode(name)),
+    )
+    nvcc_compiler = Compiler((str(nvcc),), f"nvcc {nvcc_version(nvcc)}")
+    units = [
+        Unit(source.relative_to(root), "cuda", flags, nvcc_compiler)
+        for source in sorted(root.glob("csrc/*/cuda.cu"))
+    ]
+    units.append(Unit(Path("csrc/bindings/cuda.cpp"), "bindings", BINDINGS_FLAGS))
+    units.sort(key=lambda unit: -(root / unit.source).stat().st_size)
+    common = (*COMMON_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")))
+    tail = [
+        *(f"-L{directory}" for directory in nvcc_libraries(nvcc)),
+        *("-lcudart_static", "-ldl", "-lrt", "-lpthread", "-ltorch_cpu", "-ltorch_cuda"),
+        "-Wl,-z,defs",
+    ]
+    make(output, units, common, compiler, torch, root, work_dir or root / "build" / "cuda", tail)
+    return {
+        "built": True,
+        "reason": "",
+        "compiler": f"{nvcc_compiler.description}, {compiler.description}",
+        "compiler_name": nvcc_compiler.name,
+        "flags": shlex.join(flags),
+        "architectures": architectures,
+        "translation_units": len(units),
+    }
+
+
+def cxx_compiler() -> Compiler:
+    """The C++ compiler. Raises BuildError if there is none, or this is not Linux."""
+    if not sys.platform.startswith("linux"):
+        raise BuildError(f"kernels are built on Linux only, this is {sys.platform}")
+    compiler, missing = find_compiler()
+    if compiler is None:
+        raise BuildError(missing)
+    return compiler
+
+
+def cuda_architectures(nvcc: Path, environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Compute capabilities to compile for, as TORCH_CUDA_ARCH_LIST has them: "9.0a", "12.0+PTX".
+
+    Raises BuildError for one that is none, or that this nvcc or the kernels do not support.
+    """
+    run = subprocess.run([str(nvcc), "--list-gpu-arch"], capture_output=True, text=True)
+    supported = set(re.findall(r"compute_(\d+)", run.stdout))
+    wanted = re.split(r"[;,\s]+", environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
+    if wanted == [""]:
+        known = [name for name in CUDA_ARCHITECTURES if name.replace(".", "") in supported]
+        if not known:
+            raise BuildError(f"{nvcc} compiles for none of {', '.join(CUDA_ARCHITECTURES)}")
+        return [*known[:-1], f"{known[-1]}+PTX"]
+    for name in wanted:
+        match = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", name)
+        if match is None:
+            raise BuildError(f"TORCH_CUDA_ARCH_LIST: {name!r} is no compute capability like 9.0")
+        if int(match[1]) < 8:
+            raise BuildError(f"TORCH_CUDA_ARCH_LIST: {name}: the kernels are for 8.0 and later")
+        if match[1] + match[2] not in supported:
+            raise BuildError(f"TORCH_CUDA_ARCH_LIST: {nvcc} does not know {name}")
+    return wanted
+
+
+def gencode(name: str) -> list[str]:
+    """nvcc's flags for one architecture of :func:`cuda_architectures`."""
+    number = name.removesuffix("+PTX").replace(".", "")
+    flags = ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+    if name.endswith("+PTX"):
+        flags += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
+    return flags
+
+
 def translation_units(root: Path, isa_flags: Mapping[str, tuple[str, ...]]) -> list[Unit]:
     """Every compilation that the CPU library consists of, largest source first."""
     units = []
     for source in sorted(root.glob("csrc/*/*.cpp")):
         path = source.relative_to(root)
-        if path.parts[1] == "bindings":
+        if path.parts[1] == "bindings" and path.name != "cuda.cpp":
             units.append(Unit(path, "bindings", BINDINGS_FLAGS))
         elif path.parts[1] == "common":
             units.append(Unit(path, "common", (KERNEL_STANDARD,)))
@@ -249,6 +348,24 @@ def translation_units(root: Path, isa_flags: Mapping[str, tuple[str, ...]]) -> l
                 units.append(Unit(path, isa, (KERNEL_STANDARD, define, *flags, *quiet)))
     # Long compilations first keep both ends of the job queue busy.
     return sorted(units, key=lambda unit: -(root / unit.source).stat().st_size)
+
+
+def make(
+    output: Path,
+    units: list[Unit],
+    common: tuple[str, ...],
+    compiler: Compiler,
+    torch: Torch,
+    root: Path,
+    work_dir: Path,
+    tail: Sequence[str],
+) -> None:
+    """Compiles the units and links them, as far as anything changed, and copies to `output`."""
+    work_dir.mkdir(parents=True, exist_ok=True)
+    with locked(work_dir):
+        objects = compile_units(units, common, compiler, torch, root, work_dir)
+        library = link(objects, common, compiler, torch, work_dir / output.name, tail)
+        replace_file(output, library.read_bytes(), mode=0o755)
 
 
 def compile_units(
@@ -263,11 +380,14 @@ def compile_units(
     headers = digest(*(path.read_bytes() for path in sorted(root.glob("csrc/*/*.h"))))
     pending = []
     for unit in units:
-        command = [*compiler.command, *common, *unit.flags]
+        if unit.compiler is not None:
+            used, command = unit.compiler, [*unit.compiler.command, *unit.flags]
+        else:
+            used, command = compiler, [*compiler.command, *common, *unit.flags]
         # torch's path is left out of the key: an isolated build has a new one every time.
         uses = torch.version if unit.label == "bindings" else ""
         key = digest(
-            compiler.description,
+            used.description,
             shlex.join(command),
             uses,
             headers,
@@ -308,26 +428,28 @@ def compile_units(
 
 
 def link(
-    objects: list[Path], common: tuple[str, ...], compiler: Compiler, torch: Torch, work_dir: Path
+    objects: list[Path],
+    common: tuple[str, ...],
+    compiler: Compiler,
+    torch: Torch,
+    library: Path,
+    tail: Sequence[str],
 ) -> Path:
-    """Links the objects into work_dir, unless the library there is of the same objects."""
+    """Links the objects into `library`, unless it is of the same objects."""
     # torch is a needed library without a path: whoever loads this one has imported torch before.
     flags = ["-shared", *common, *shlex.split(os.environ.get("LDFLAGS", ""))]
-    tail = ["-ltorch_cpu"]
-    if not any("-fsanitize" in flag for flag in flags):
-        tail.append("-Wl,-z,defs")  # a kernel that is declared and not compiled is an error now
     keys = [read_text(path.with_suffix(".key")) for path in objects]
-    key = digest(compiler.description, shlex.join(flags + tail), torch.version, *keys)
-    library = work_dir / LIBRARY
+    key = digest(compiler.description, shlex.join([*flags, *tail]), torch.version, *keys)
     if library.is_file() and read_text(library.with_suffix(".key")) == key:
         return library
     library.with_suffix(".key").unlink(missing_ok=True)
     names = [path.name for path in objects]
-    command = [*compiler.command, *flags, *names, "-o", LIBRARY, f"-L{torch.root / 'lib'}", *tail]
-    run = subprocess.run(command, cwd=work_dir, capture_output=True, text=True)
+    command = [*compiler.command, *flags, *names, "-o", library.name]
+    command += [f"-L{torch.root / 'lib'}", *tail]
+    run = subprocess.run(command, cwd=library.parent, capture_output=True, text=True)
     if run.returncode != 0:
         raise BuildError(
-            f"the CPU library does not link: {first_error(run.stderr)}",
+            f"{library.name} does not link: {first_error(run.stderr)}",
             shlex.join(command) + "\n" + run.stderr,
         )
     library.with_suffix(".key").write_text(key)

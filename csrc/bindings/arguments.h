@@ -54,8 +54,8 @@ inline void check_size(const char* name, const Tensor& tensor, int64_t wanted) {
 }
 
 inline const float* floats(const char* name, const Tensor& tensor, int64_t size) {
-  STD_TORCH_CHECK(tensor.scalar_type() == torch::headeronly::ScalarType::Float,
-                  EFFKERNELS_LIBRARY, name, " is not float32");
+  STD_TORCH_CHECK(tensor.scalar_type() == torch::headeronly::ScalarType::Float, EFFKERNELS_LIBRARY,
+                  name, " is not float32");
   check_size(name, tensor, size);
   return static_cast<const float*>(tensor.const_data_ptr());
 }

@@ -181,9 +181,7 @@ template <class T>
 __device__ inline float2 load2(const T* from) {
   return unpack2<T>(*reinterpret_cast<const Word*>(from));
 }
-__device__ inline void store2(float* to, float2 values) {
-  *reinterpret_cast<float2*>(to) = values;
-}
+__device__ inline void store2(float* to, float2 values) { *reinterpret_cast<float2*>(to) = values; }
 template <class T>
 __device__ inline void store2(T* to, float2 values) {
   *reinterpret_cast<Word*>(to) = pack2<T>(values.x, values.y);
@@ -380,7 +378,8 @@ __device__ inline void load_matrices_transposed(uint32_t (&fragment)[4], const v
 
 // sum[16, 8] += a[16, 16] * b[16, 8], float32 sums of 2-byte products.
 template <class T>
-__device__ inline void multiply_add(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+__device__ inline void multiply_add(float (&sum)[4], const uint32_t (&a)[4],
+                                    const uint32_t (&b)[2]) {
 #if defined(__CUDACC__)
   if constexpr (std::is_same_v<T, bf16>) {
     asm volatile(
@@ -482,8 +481,8 @@ inline const DeviceProperties& device_properties() {
     found.processors = ask(cudaDevAttrMultiProcessorCount);
     found.shared_memory = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin);
     found.l2 = ask(cudaDevAttrL2CacheSize);
-    found.capability = 10 * ask(cudaDevAttrComputeCapabilityMajor) +
-                       ask(cudaDevAttrComputeCapabilityMinor);
+    found.capability =
+        10 * ask(cudaDevAttrComputeCapabilityMajor) + ask(cudaDevAttrComputeCapabilityMinor);
   });
   return known[device % kDevices];
 }
@@ -542,8 +541,7 @@ template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, int threads, int64_t shared, Stream,
             Arguments... arguments) {
   static_assert(sizeof...(Parameters) == sizeof...(Arguments), "one argument for a parameter");
-  emulation::launch(grid, threads, shared,
-                    [&] { kernel(static_cast<Parameters>(arguments)...); });
+  emulation::launch(grid, threads, shared, [&] { kernel(static_cast<Parameters>(arguments)...); });
 }
 #endif
 

@@ -1,4 +1,5 @@
-// A GPU on the host, for tests: what cuda.h and the kernels need of CUDA when no nvcc compiles them.
+// A GPU on the host, for tests: what cuda.h and the kernels need of CUDA when no nvcc compiles
+// them.
 //
 // A launch runs its blocks one after the other and each block's threads as fibers, which give way
 // only where they wait for each other: at __syncthreads, __syncwarp, shuffles and the operations of

@@ -166,7 +166,59 @@ def test_reasons_for_no_cuda_in_order(tmp_path: Path, monkeypatch: pytest.Monkey
     cuda_12 = locate.Torch(tmp_path, "2.15.0+cu126", "12.6")
     expected = "nvcc is CUDA 13.0, torch 2.15.0+cu126 is CUDA 12.6"
     assert native.why_no_cuda(cuda_12, "") == expected
-    assert native.why_no_cuda(cuda_13, "").endswith("has no CUDA kernels")
+    assert native.why_no_cuda(cuda_13, "", tmp_path) == "there are no CUDA kernels in csrc/"
+    assert native.why_no_cuda(cuda_13, "") is None
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        (None, ["8.0", "9.0", "10.0", "12.0+PTX"]),
+        ("9.0", ["9.0"]),
+        ("8.0;9.0a+PTX", ["8.0", "9.0a+PTX"]),
+        ("9.0, 10.0", ["9.0", "10.0"]),
+    ],
+)
+def test_cuda_architectures(tmp_path: Path, wanted: str | None, expected: list[str]) -> None:
+    nvcc = nvcc_that_knows(tmp_path, "80", "86", "90", "100", "120")
+    environ = {} if wanted is None else {"TORCH_CUDA_ARCH_LIST": wanted}
+    assert native.cuda_architectures(nvcc, environ) == expected
+
+
+def test_an_older_nvcc_compiles_for_what_it_knows(tmp_path: Path) -> None:
+    assert native.cuda_architectures(nvcc_that_knows(tmp_path, "80", "90"), {}) == ["8.0", "9.0+PTX"]
+    with pytest.raises(native.BuildError, match="compiles for none of 8.0, 9.0"):
+        native.cuda_architectures(nvcc_that_knows(tmp_path, "70"), {})
+
+
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        ("Hopper", "'Hopper' is no compute capability"),
+        ("7.5", "7.5: the kernels are for 8.0 and later"),
+        ("13.0", "does not know 13.0"),
+    ],
+)
+def test_bad_cuda_architectures(tmp_path: Path, wanted: str, words: str) -> None:
+    nvcc = nvcc_that_knows(tmp_path, "75", "80", "90")
+    with pytest.raises(native.BuildError, match=f"TORCH_CUDA_ARCH_LIST: .*{words}"):
+        native.cuda_architectures(nvcc, {"TORCH_CUDA_ARCH_LIST": wanted})
+
+
+def test_flags_of_an_architecture() -> None:
+    assert native.gencode("9.0a") == ["-gencode", "arch=compute_90a,code=sm_90a"]
+    assert native.gencode("12.0+PTX")[1::2] == [
+        "arch=compute_120,code=sm_120",
+        "arch=compute_120,code=compute_120",
+    ]
+
+
+def nvcc_that_knows(directory: Path, *numbers: str) -> Path:
+    """An nvcc that lists these architectures."""
+    nvcc = directory / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\nprintf 'compute_%s\\n' {' '.join(numbers)}\n")
+    nvcc.chmod(0o755)
+    return nvcc
 
 
 def test_cuda_asked_for_is_an_error(small_tree: Path) -> None:

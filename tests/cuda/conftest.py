@@ -9,7 +9,6 @@ import torch
 
 import effkernels as ek
 from effkernels import cuda
-
 from tests.cuda import emulated
 
 ON_GPU = torch.cuda.is_available() and cuda.load_error() is None

@@ -30,7 +30,14 @@ BUILD = native.ROOT / "build" / "emulation"
 SANITIZED = os.environ.get("EFFKERNELS_EMULATION") == "asan"
 # Optimised, as the threads of a block run one after the other; not vectorised, so that an access
 # of the source is an access of the program.
-_FLAGS = ("-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-DEFFKERNELS_EMULATED")
+_FLAGS = (
+    "-O1",
+    "-g1",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-DEFFKERNELS_EMULATED",
+)
 _WARNINGS = ("-Wall", "-Wextra", "-Wno-unknown-pragmas")
 _SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 _RACES = ("-fsanitize=thread",)  # only its hooks, which emulation.cpp has
@@ -92,6 +99,19 @@ def library(mistake: Mistake | None = None) -> Path:
     return target
 
 
+def program(source: Path, target: Path, sanitized: bool) -> None:
+    """A program of one file of kernels and the emulated GPU."""
+    compiler, _ = locate.find_compiler()
+    assert compiler is not None
+    objects = []
+    for path in (source, HERE / "emulation.cpp"):
+        flags = _SANITIZE if sanitized else _RACES if path == source else ()
+        objects.append(target.with_suffix(f".{path.stem}.o"))
+        command = [*compiler.command, *_FLAGS, native.KERNEL_STANDARD, *_WARNINGS, *flags]
+        _make([*command, f"-I{native.ROOT / 'csrc'}", "-x", "c++", "-c", str(path)], objects[-1])
+    _make([*compiler.command, *(_SANITIZE if sanitized else ()), *map(str, objects)], target)
+
+
 def _make(command: list[str], target: Path) -> None:
     temporary = target.with_suffix(f".{os.getpid()}")
     done = subprocess.run([*command, "-o", str(temporary)], capture_output=True, text=True)
@@ -113,7 +133,7 @@ def configure(
 
 
 def with_mistake(mistake: Mistake, check: Callable[[], Any]) -> str:
-    """What ``check`` (a function of a module) raises on kernels with this mistake; "" if nothing."""
+    """What ``check``, a function of a module, raises on kernels with this mistake; "" if none."""
     path = library(mistake)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["effkernels", "tests.ops._cases"])

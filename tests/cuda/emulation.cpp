@@ -77,7 +77,16 @@ Options current_options;
 Device current_device;
 std::mt19937_64 random_order;
 
-[[noreturn]] void fail(const std::string& message) { throw std::runtime_error(message); }
+void switch_to_scheduler(bool last);
+
+// From a kernel the launch fails, without unwinding: the compiler does not expect its hooks to
+// throw.
+[[noreturn]] void fail(const std::string& message) {
+  if (block.running < 0) throw std::runtime_error(message);
+  block.error = std::make_exception_ptr(std::runtime_error(message));
+  switch_to_scheduler(true);
+  std::abort();
+}
 
 std::string describe(Place place) {
   const char* name = std::strstr(place.file, "csrc/");
@@ -581,8 +590,11 @@ uint32_t to_tf32(float value) {  // to nearest, halves away from zero
 // ---- What -fsanitize=thread makes kernels call. ThreadSanitizer itself is not linked.
 
 extern "C" {
-#define HOOK(NAME, SIZE, WRITE) \
-  void NAME(void* address) { effkernels::emulation::access(address, SIZE, WRITE); }
+#define HOOK(NAME, SIZE, WRITE)                                       \
+  void NAME(void* address) {                                          \
+    effkernels::emulation::check_aligned(address, SIZE, "an access"); \
+    effkernels::emulation::access(address, SIZE, WRITE);              \
+  }
 HOOK(__tsan_read1, 1, false)
 HOOK(__tsan_read2, 2, false)
 HOOK(__tsan_read4, 4, false)
@@ -593,20 +605,13 @@ HOOK(__tsan_write2, 2, true)
 HOOK(__tsan_write4, 4, true)
 HOOK(__tsan_write8, 8, true)
 HOOK(__tsan_write16, 16, true)
-HOOK(__tsan_unaligned_read2, 2, false)
-HOOK(__tsan_unaligned_read4, 4, false)
-HOOK(__tsan_unaligned_read8, 8, false)
-HOOK(__tsan_unaligned_read16, 16, false)
-HOOK(__tsan_unaligned_write2, 2, true)
-HOOK(__tsan_unaligned_write4, 4, true)
-HOOK(__tsan_unaligned_write8, 8, true)
-HOOK(__tsan_unaligned_write16, 16, true)
 void __tsan_read_range(void* address, size_t size) {
   effkernels::emulation::access(address, size, false);
 }
 void __tsan_write_range(void* address, size_t size) {
   effkernels::emulation::access(address, size, true);
 }
+unsigned char __tsan_atomic8_load(const volatile unsigned char* address, int) { return *address; }
 void __tsan_init() { effkernels::emulation::detects_races = true; }
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}

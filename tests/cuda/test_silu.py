@@ -9,9 +9,8 @@ import torch
 
 from effkernels import ops
 from effkernels.ops import ACTIVATIONS
-from tests.ops._cases import Arguments, Draw, assert_memory_kept, assert_parity, gradient_function
-
 from tests.cuda.emulated import with_mistake
+from tests.ops._cases import Arguments, Draw, assert_memory_kept, assert_parity, gradient_function
 
 pytestmark = pytest.mark.usefixtures("kernels")
 

@@ -1,0 +1,128 @@
+"""The library that nvcc makes: every kernel as promised, and loadable without a GPU."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from build_tools import locate, native
+from tests.cuda import compiled
+
+# One worker builds; the others do something else meanwhile.
+pytestmark = pytest.mark.xdist_group("nvcc")
+
+
+@pytest.mark.parametrize("capability", compiled.CHECKED)
+def test_every_kernel_is_as_promised(capability):
+    found = [k for k in compiled.kernels(compiled.library()) if k.capability == capability]
+    assert found
+    broken = []
+    for kernel in found:
+        promise = compiled.promise_of(kernel, compiled.promises())
+        wrong = ["nothing is promised"] if promise is None else kernel.wrong(promise)
+        broken += [f"{kernel.name} on sm_{capability}: {words}" for words in wrong]
+    assert not broken, "\n".join(broken)
+
+
+def test_no_local_memory_on_what_is_newer():
+    kernels = compiled.kernels(compiled.library())
+    assert {kernel.capability for kernel in kernels} > set(compiled.CHECKED)
+    assert [k.name for k in kernels if k.local] == []
+
+
+def test_every_promise_is_of_a_kernel():
+    names = {kernel.name for kernel in compiled.kernels(compiled.library())}
+    for promise in compiled.promises():
+        assert any(re.fullmatch(promise.name, name) for name in names), promise.name
+
+
+def test_loads_without_a_gpu():
+    code = f"""
+import torch
+torch.ops.load_library({str(compiled.library())!r})
+ops = torch.ops.effkernels_cuda
+print(hasattr(ops, "activation"))
+try:
+    ops.activation(torch.empty(3), torch.empty(3), None, 3)
+except NotImplementedError:
+    print("no CPU kernel")
+"""
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, env={"CUDA_VISIBLE_DEVICES": ""})
+    assert run.stdout.split("\n")[:2] == ["True", "no CPU kernel"], run.stderr
+
+
+def test_needs_no_cuda_library():
+    """The runtime is inside; the driver is looked for when a kernel runs."""
+    listed = subprocess.run(["ldd", compiled.library()], capture_output=True, text=True).stdout
+    assert "libtorch_cpu" in listed
+    assert not re.search(r"libcudart|libcuda\.so", listed)
+
+
+BROKEN = """
+#include "common/cuda.h"
+namespace effkernels {
+__global__ void __launch_bounds__(256) spills(float* x, int n) {
+  float values[64] = {};
+  for (int i = 0; i < n; i++) values[i * n % 64] += x[i * 256 + threadIdx.x];
+  x[threadIdx.x] = values[n % 64];
+}
+__global__ void __launch_bounds__(256) narrow(uint32_t* to, const uint32_t* from) {
+  to[threadIdx.x] = from[threadIdx.x];
+}
+__global__ void __launch_bounds__(256) fat(float* x) {
+  float values[120];
+#pragma unroll
+  for (int i = 0; i < 120; i++) values[i] = x[i * 256 + threadIdx.x];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 120; i++) x[(119 - i) * 256 + threadIdx.x] = values[i] * values[0];
+}
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("promise", "words"),
+    [
+        ("spills threads 256, shared 0, warps 8", "local memory"),
+        ("narrow threads 256, shared 0, warps 8, loads 16", "no load of 16 bytes"),
+        ("narrow threads 256, shared 0, warps 8, stores 16", "no store of 16 bytes"),
+        ("narrow threads 256, shared 0, warps 8, tensor cores", "no tensor-core"),
+        ("narrow threads 256, shared 120000, warps 16", "8 warps fit, 16 promised"),
+        ("fat threads 256, shared 0, warps 32", "warps fit, 32 promised"),
+    ],
+)
+def test_broken_promises_are_found(tmp_path_factory, promise, words):
+    fatbin = _broken(tmp_path_factory.getbasetemp())
+    (promised,) = compiled.read_promises(f"// promise: {promise}")
+    (kernel,) = [k for k in compiled.kernels(fatbin) if k.name == promised.name]
+    wrong = kernel.wrong(promised)
+    assert len(wrong) == 1 and words in wrong[0], wrong
+
+
+def _broken(directory: Path) -> Path:
+    fatbin = directory / "broken.fatbin"
+    if not fatbin.exists():
+        nvcc = locate.find_nvcc()
+        if nvcc is None:
+            pytest.skip("nvcc is not here")
+        source = directory / "broken.cu"
+        source.write_text(BROKEN)
+        subprocess.run(
+            [nvcc, native.KERNEL_STANDARD, "-fatbin", "-arch=sm_90", f"-I{native.ROOT / 'csrc'}"]
+            + [source, "-o", fatbin],
+            check=True,
+        )
+    return fatbin
+
+
+def test_torch_without_cuda_builds_none(tmp_path):
+    reason = native.why_no_cuda(locate.Torch(tmp_path, "2.15.0+cpu", None), "")
+    assert reason == "torch 2.15.0+cpu has no CUDA"
+    assert torch.version.cuda is None or native.why_no_cuda(locate.find_torch()[0], "") != reason
