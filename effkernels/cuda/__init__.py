@@ -22,8 +22,9 @@ from ..build_info import why_not_built
 # ops -> the file here that has them; without gradient kernels: in _WITHOUT_BACKWARD
 _OPS = {
     "silu": "silu",
+    "squeeze_excite_gate": "squeeze_excite",
 }
-_WITHOUT_BACKWARD: frozenset[str] = frozenset()
+_WITHOUT_BACKWARD: frozenset[str] = frozenset({"squeeze_excite_gate"})
 
 # Ops whose CUDA C++ comes before Triton's in "auto".
 BEFORE_TRITON: frozenset[str] = frozenset()
