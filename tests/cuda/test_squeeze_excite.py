@@ -62,7 +62,7 @@ def test_gate_of_partial_sums(device, dtype, processors, channels, blocks):
     """Added by one thread, or by several."""
     emulate(device, processors)
     draw = Draw(0, dtype)
-    sums = draw.normal(5, blocks, channels, std=3 / blocks**0.5, mean=0.1).float()
+    sums = draw.normal(5, blocks, channels, std=9 / blocks, mean=3 / blocks).float()
     weights = (
         draw.weight(6, channels),
         draw.normal(6),
@@ -71,7 +71,8 @@ def test_gate_of_partial_sums(device, dtype, processors, channels, blocks):
     )
 
     def stock(dtype: torch.dtype) -> Tensor:
-        mean = (sums.double().sum(1) / 9).to(dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        mean = (sums.to(wide).sum(1) / 9).to(dtype)
         return ops.squeeze_excite_gate(mean, *(weight.to(dtype) for weight in weights))
 
     with use_backend("reference"):
