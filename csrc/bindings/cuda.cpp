@@ -10,6 +10,7 @@
 
 #include <vector>
 
+#include "batch_norm_act/cuda.h"
 #include "bindings/arguments.h"
 #include "squeeze_excite/cuda.h"
 
@@ -102,11 +103,112 @@ void squeeze_excite_gate(Tensor gate, Tensor mean, double factor, Tensor reduce_
        factor, device.stream()});
 }
 
+// The same to be written.
+Written written_of(const char* name, const OptionalTensor& tensor, DType dtype, int64_t size) {
+  const Values values = values_of(name, tensor, dtype, size);
+  return {const_cast<void*>(values.data), values.is_float};
+}
+
+float* float_data(const OptionalTensor& tensor) {
+  return tensor ? static_cast<float*>(tensor->mutable_data_ptr()) : nullptr;
+}
+
+// Global memory for partial results; PyTorch keeps it until the stream's kernels are through.
+Tensor scratch_like(const Tensor& tensor, int64_t floats) {
+  return torch::stable::new_empty(tensor, {floats}, torch::headeronly::ScalarType::Float);
+}
+
+void batch_norm_act(Tensor output, Tensor input, OptionalTensor residual, Tensor mean, Tensor var,
+                    OptionalTensor weight, OptionalTensor bias, bool training, double eps,
+                    int64_t activation) {
+  const OnDevice device(input);
+  const DType dtype = dtype_of(input);
+  const int64_t channels = input.size(1), size = input.numel();
+  const int64_t rows = channels == 0 ? 0 : size / channels;
+  BatchNormActCuda args = {};
+  args.dtype = dtype;
+  args.output = writable("output", output, dtype, size);
+  args.input = input.const_data_ptr();
+  args.residual = residual_of(residual, dtype, size);
+  args.rows = rows;
+  args.channels = channels;
+  args.normalization = {
+      values_of("mean", mean, dtype, channels), values_of("var", var, dtype, channels),
+      values_of("weight", weight, dtype, channels), values_of("bias", bias, dtype, channels), eps};
+  args.activation = activation_of(activation);
+  args.stream = device.stream();
+  if (!training) return batch_norm_act_cuda(args, false);
+  floats("mean", mean, channels);
+  floats("var", var, channels);
+  const Tensor scratch = scratch_like(input, batch_norm_act_scratch(dtype, rows, channels));
+  args.mean = float_data(mean);
+  args.var = float_data(var);
+  args.scratch = float_data(scratch);
+  batch_norm_act_cuda(args, true);
+}
+
+void batch_norm_act_backward(OptionalTensor input_gradient, OptionalTensor residual_gradient,
+                             OptionalTensor weight_gradient, OptionalTensor bias_gradient,
+                             OptionalTensor mean_gradient, OptionalTensor var_gradient,
+                             Tensor upstream, Tensor input, OptionalTensor residual, Tensor mean,
+                             Tensor var, OptionalTensor weight, OptionalTensor bias,
+                             OptionalTensor mean_upstream, OptionalTensor var_upstream,
+                             bool training, double eps, int64_t activation) {
+  const OnDevice device(input);
+  const DType dtype = dtype_of(input);
+  const int64_t channels = input.size(1), size = input.numel();
+  const int64_t rows = channels == 0 ? 0 : size / channels;
+  const auto output = [&](const char* name, const OptionalTensor& tensor) {
+    return tensor ? writable(name, *tensor, dtype, size) : nullptr;
+  };
+  const auto parameter = [&](const char* name, const OptionalTensor& tensor) {
+    return values_of(name, tensor, dtype, channels);
+  };
+  const auto gradient = [&](const char* name, const OptionalTensor& tensor,
+                            const OptionalTensor& like) {
+    STD_TORCH_CHECK(!tensor || (like && like->scalar_type() == tensor->scalar_type()),
+                    EFFKERNELS_LIBRARY, name, " has another dtype than its parameter");
+    return written_of(name, tensor, dtype, channels);
+  };
+  const Tensor scratch =
+      scratch_like(input, batch_norm_act_backward_scratch(dtype, rows, channels));
+  batch_norm_act_backward_cuda({dtype,
+                                output("input_gradient", input_gradient),
+                                output("residual_gradient", residual_gradient),
+                                residual_of(upstream, dtype, size),
+                                input.const_data_ptr(),
+                                residual_of(residual, dtype, size),
+                                rows,
+                                channels,
+                                {parameter("mean", mean), parameter("var", var),
+                                 parameter("weight", weight), parameter("bias", bias), eps},
+                                training,
+                                gradient("weight_gradient", weight_gradient, weight),
+                                gradient("bias_gradient", bias_gradient, bias),
+                                gradient("mean_gradient", mean_gradient, mean),
+                                gradient("var_gradient", var_gradient, var),
+                                floats("mean_upstream", mean_upstream, channels),
+                                floats("var_upstream", var_upstream, channels),
+                                float_data(scratch),
+                                activation_of(activation),
+                                device.stream()});
+}
+
 }  // namespace
 }  // namespace effkernels
 
 STABLE_TORCH_LIBRARY(effkernels_cuda, m) {
   m.def("activation(Tensor(a!) output, Tensor input, Tensor? upstream, int activation) -> ()");
+  m.def(
+      "batch_norm_act(Tensor(a!) output, Tensor input, Tensor? residual, Tensor(b!) mean, "
+      "Tensor(c!) var, Tensor? weight, Tensor? bias, bool training, float eps, int activation) "
+      "-> ()");
+  m.def(
+      "batch_norm_act_backward(Tensor(a!)? input_gradient, Tensor(b!)? residual_gradient, "
+      "Tensor(c!)? weight_gradient, Tensor(d!)? bias_gradient, Tensor(e!)? mean_gradient, "
+      "Tensor(f!)? var_gradient, Tensor upstream, Tensor input, Tensor? residual, Tensor mean, "
+      "Tensor var, Tensor? weight, Tensor? bias, Tensor? mean_upstream, Tensor? var_upstream, "
+      "bool training, float eps, int activation) -> ()");
   m.def("squeeze_excite_fits(Tensor input, int channels, int reduced) -> bool");
   m.def(
       "squeeze_excite_gate(Tensor(a!) gate, Tensor mean, float factor, Tensor reduce_weight, "
@@ -123,6 +225,8 @@ STABLE_TORCH_LIBRARY_IMPL(effkernels_cuda, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(effkernels_cuda, CUDA, m) {
 #endif
   m.impl("activation", TORCH_BOX(&effkernels::activation));
+  m.impl("batch_norm_act", TORCH_BOX(&effkernels::batch_norm_act));
+  m.impl("batch_norm_act_backward", TORCH_BOX(&effkernels::batch_norm_act_backward));
   m.impl("squeeze_excite_fits", TORCH_BOX(&effkernels::gate_fits));
   m.impl("squeeze_excite_gate", TORCH_BOX(&effkernels::squeeze_excite_gate));
 }

@@ -444,7 +444,7 @@ void with_dtype(DType dtype, F&& f) {
 }
 
 // Whether 16-byte accesses may begin at this pointer.
-inline bool is_aligned(const void* pointer) {
+__host__ __device__ inline bool is_aligned(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
 }
 

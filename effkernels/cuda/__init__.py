@@ -21,6 +21,7 @@ from ..build_info import why_not_built
 
 # ops -> the file here that has them; without gradient kernels: in _WITHOUT_BACKWARD
 _OPS = {
+    "batch_norm_act": "batch_norm_act",
     "silu": "silu",
     "squeeze_excite_gate": "squeeze_excite",
 }
