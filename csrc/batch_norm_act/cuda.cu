@@ -10,6 +10,10 @@ constexpr int kWidest = 32;  // vectors of a row that a block takes: 512 bytes
 constexpr int kUnroll = 4;   // accesses under way per thread
 constexpr int kMergeChannels = 8, kMergeLanes = 64;  // of a block that merges partial results
 
+__device__ inline int least(int64_t left, int most) {
+  return left < most ? static_cast<int>(left) : most;
+}
+
 // ---- Sums over the rows of a block
 
 // Sums table[lane][column] over the lanes into table[0]: by all threads, in a fixed order; column c
@@ -51,8 +55,8 @@ struct Statistics {
   float* partials;  // [blocks, 2, channels]: mean, Σ (x - mean)²; or mean and var, if blocks is 1
   float* mean;
   float* var;
-  int64_t rows, block_rows;
-  int blocks;
+  int64_t rows;
+  int block_rows, blocks;
   Tiles tiles;
   bool aligned;
 };
@@ -64,26 +68,22 @@ __global__ void __launch_bounds__(kThreads, 3) statistics_kernel(Statistics<T> a
   const int chunk = static_cast<int>(blockIdx.x) % tiles.chunks;
   const int block = static_cast<int>(blockIdx.x) / tiles.chunks;
   const Lane lane = lane_of<T>(tiles, chunk);
-  const int64_t first = block * args.block_rows;
-  const int64_t left = args.rows - first;
-  const int rows = static_cast<int>(left < args.block_rows ? left : args.block_rows);
+  const int64_t first = int64_t{block} * args.block_rows;
+  const int rows = least(args.rows - first, args.block_rows);
 
   float mean[kV] = {}, squares[kV] = {}, count = 0.0f;
   int64_t at = (first + lane.row) * tiles.channels + lane.c;
   const int stride = tiles.lanes * tiles.channels;
   if (lane.count > 0) {
-    for (int row = lane.row; row < rows; row += kUnroll * tiles.lanes) {
+    int row = lane.row;
+    for (; row + (kUnroll - 1) * tiles.lanes < rows; row += kUnroll * tiles.lanes) {
       Words words[kUnroll];
-      int added = 0;
 #pragma unroll
       for (int u = 0; u < kUnroll; u++) {
-        const bool inside = row + u * tiles.lanes < rows;
-        words[u] = load_first(args.input + at + u * stride, inside ? lane.count : 0, args.aligned);
-        added += inside;
+        words[u] = load_first(args.input + at + u * stride, lane.count, args.aligned);
       }
       at += kUnroll * stride;
       // The mean of these few, their distances from it, and how it moves the mean of all so far.
-      const float share = 1.0f / static_cast<float>(added);
       float fresh[kV] = {}, x[kUnroll][kV];
 #pragma unroll
       for (int u = 0; u < kUnroll; u++) {
@@ -91,20 +91,33 @@ __global__ void __launch_bounds__(kThreads, 3) statistics_kernel(Statistics<T> a
 #pragma unroll
         for (int i = 0; i < kV; i++) fresh[i] += x[u][i];
       }
-      const float weight = static_cast<float>(added) / (count + static_cast<float>(added));
+      const float weight = kUnroll / (count + kUnroll);
 #pragma unroll
       for (int i = 0; i < kV; i++) {
-        fresh[i] *= share;
+        fresh[i] *= 1.0f / kUnroll;
 #pragma unroll
         for (int u = 0; u < kUnroll; u++) {
-          const float away = u < added ? x[u][i] - fresh[i] : 0.0f;
+          const float away = x[u][i] - fresh[i];
           squares[i] += away * away;
         }
         const float distance = fresh[i] - mean[i];
         squares[i] += distance * distance * (count * weight);
         mean[i] += distance * weight;
       }
-      count += static_cast<float>(added);
+      count += kUnroll;
+    }
+    for (; row < rows; row += tiles.lanes) {  // of the last block
+      float x[kV];
+      unpack<T>(load_first(args.input + at, lane.count, args.aligned), x);
+      at += stride;
+      count += 1.0f;
+      const float weight = 1.0f / count;
+#pragma unroll
+      for (int i = 0; i < kV; i++) {
+        const float distance = x[i] - mean[i];
+        mean[i] += distance * weight;
+        squares[i] += distance * (x[i] - mean[i]);
+      }
     }
   }
 
@@ -170,8 +183,8 @@ struct Merge {
   const float* partials;  // [blocks, 2, channels]
   float* mean;
   float* var;
-  int64_t rows, block_rows;
-  int blocks, channels;
+  int64_t rows;
+  int block_rows, blocks, channels;
 };
 
 __global__ void __launch_bounds__(kMergeChannels* kMergeLanes) merge_statistics_kernel(Merge args) {
@@ -181,7 +194,7 @@ __global__ void __launch_bounds__(kMergeChannels* kMergeLanes) merge_statistics_
   const int64_t stride = int64_t{2} * args.channels;
   const float* from = args.partials + c;
   const float rows = static_cast<float>(args.rows), usual = static_cast<float>(args.block_rows);
-  const float last = static_cast<float>(args.rows - (args.blocks - 1) * args.block_rows);
+  const float last = static_cast<float>(args.rows - int64_t{args.blocks - 1} * args.block_rows);
   // Distances from the first block's mean are small, and so is what rounding takes from them.
   const float start = c < args.channels ? from[0] : 0.0f;
   float moved = 0.0f, squares = 0.0f;
@@ -265,9 +278,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 4 : 3) apply_kernel
   if (lane.count == 0) return;
   const int64_t first =
       static_cast<int64_t>(blockIdx.x / tiles.chunks) * (args.steps * kRows * tiles.lanes);
-  const int most = args.steps * kRows * tiles.lanes;
-  const int64_t rest = args.rows - first - lane.row;
-  const int left = rest < most ? static_cast<int>(rest) : most;
+  const int left = least(args.rows - first - lane.row, args.steps * kRows * tiles.lanes);
   int64_t at = (first + lane.row) * tiles.channels + lane.c;
   const int stride = tiles.lanes * tiles.channels;
 
@@ -297,7 +308,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 4 : 3) apply_kernel
           values[i] = activate<decltype(constant){}()>(values[i]);
         }
         if (done + u * tiles.lanes < left) {
-          store(args.output + at + u * stride, lane.count, args.aligned, values);
+          store_first(args.output + at + u * stride, lane.count, args.aligned, values);
         }
       }
     });
@@ -363,7 +374,8 @@ struct Sums {
   const T* residual;
   Finish finish;
   float* partials;
-  int64_t rows, block_rows;
+  int64_t rows;
+  int block_rows;
   Tiles tiles;
   bool aligned;
   Activation activation;
@@ -377,9 +389,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 3 : 2)
   const int chunk = static_cast<int>(blockIdx.x) % tiles.chunks;
   const int block = static_cast<int>(blockIdx.x) / tiles.chunks;
   const Lane lane = lane_of<T>(tiles, chunk);
-  const int64_t first = block * args.block_rows;
-  const int64_t left = args.rows - first;
-  const int rows = static_cast<int>(left < args.block_rows ? left : args.block_rows);
+  const int64_t first = int64_t{block} * args.block_rows;
+  const int rows = least(args.rows - first, args.block_rows);
   int64_t at = (first + lane.row) * tiles.channels + lane.c;
   const int stride = tiles.lanes * tiles.channels;
 
@@ -406,7 +417,6 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 3 : 2)
           unpack<T>(words[u], x);
           unpack<T>(upstream_words[u], t);
           if (args.residual) unpack<T>(added[u], other);
-          if (row + u * tiles.lanes >= rows) break;
 #pragma unroll
           for (int i = 0; i < kV; i++) {
             x[i] -= mean[i];
@@ -489,9 +499,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 3 : 2)
   if (lane.count == 0) return;
   const int64_t first =
       static_cast<int64_t>(blockIdx.x / tiles.chunks) * (args.steps * kRows * tiles.lanes);
-  const int most = args.steps * kRows * tiles.lanes;
-  const int64_t rest = args.rows - first - lane.row;
-  const int left = rest < most ? static_cast<int>(rest) : most;
+  const int left = least(args.rows - first - lane.row, args.steps * kRows * tiles.lanes);
   int64_t at = (first + lane.row) * tiles.channels + lane.c;
   const int stride = tiles.lanes * tiles.channels;
 
@@ -534,14 +542,14 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 3 : 2)
           t[i] *= slope<decltype(chosen){}()>(before);
         }
         if (args.residual_gradient) {
-          store(args.residual_gradient + at + u * stride, lane.count, args.aligned, t);
+          store_first(args.residual_gradient + at + u * stride, lane.count, args.aligned, t);
         }
         if (args.input_gradient) {
 #pragma unroll
           for (int i = 0; i < kV; i++) {
             t[i] = t[i] * scale[i] + (x[i] * slopes_of_x[i] + constant[i]);
           }
-          store(args.input_gradient + at + u * stride, lane.count, args.aligned, t);
+          store_first(args.input_gradient + at + u * stride, lane.count, args.aligned, t);
         }
       }
     });
@@ -557,22 +565,22 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 3 : 2)
 // time of a launch are left to one, of fewer channels: nothing is to be merged then.
 struct Shares {
   Tiles tiles;
-  int64_t block_rows;
-  int blocks;
+  int block_rows, blocks;
 };
 
-constexpr int64_t kFewRows = 1024;
+constexpr int kFewRows = 1024;
 
 template <class T>
 Shares shares_of(int64_t rows, int64_t channels, int unroll, int resident) {
-  if (rows <= kFewRows) return {tiles_of<T>(channels, kThreads, 4), max_of(rows, 1), 1};
+  if (rows <= kFewRows) return {tiles_of<T>(channels, kThreads, 4), kFewRows, 1};
   const Tiles tiles = tiles_of<T>(channels, kThreads, kWidest);
   const int64_t wanted =
       max_of(1, int64_t{device_properties().processors} * resident / tiles.chunks);
   // Whole steps, and at least two, so that loads are under way while others are worked on.
   const int64_t step = int64_t{unroll} * tiles.lanes;
   const int64_t block_rows = max_of(2, ceil_div(ceil_div(rows, wanted), step)) * step;
-  return {tiles, block_rows, static_cast<int>(ceil_div(rows, block_rows))};
+  if (block_rows > 1 << 30) throw std::invalid_argument("batch_norm_act: input is too large");
+  return {tiles, static_cast<int>(block_rows), static_cast<int>(ceil_div(rows, block_rows))};
 }
 
 template <class T>

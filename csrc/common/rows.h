@@ -40,6 +40,20 @@ __device__ inline Words load_first(const T* from, int count, bool aligned) {
   return words;
 }
 
+// As `store`, to global memory.
+template <class T>
+__device__ inline void store_first(T* to, int count, bool aligned,
+                                   const float (&values)[kVector<T>]) {
+  if (aligned && count >= kVector<T>) {
+    store_global(to, pack<T>(values));
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kVector<T>; i++) {
+    if (i < count) to[i] = from_float<T>(values[i]);
+  }
+}
+
 // values[i] of channel c + i for i < count, `otherwise` past them.
 template <class T>
 __device__ inline void load_vector(const Values& from, int c, int count, float otherwise,

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from effkernels import ops
-from effkernels.cuda import DTYPES, squeeze_excite as kernels
+from effkernels.cuda import DTYPES
+from effkernels.cuda import squeeze_excite as kernels
 from effkernels.dispatch import use_backend
 from effkernels.ops import ACTIVATIONS
 from effkernels.testing import assert_close_to
+from tests.cuda import emulated
 from tests.ops._cases import (
     Arguments,
     Case,
@@ -21,8 +23,6 @@ from tests.ops._cases import (
     pairwise,
 )
 from tests.ops.test_squeeze_excite import BIASES, gate_arguments
-
-from tests.cuda import emulated
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
