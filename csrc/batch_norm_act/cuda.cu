@@ -84,25 +84,29 @@ __global__ void __launch_bounds__(kThreads, 3) statistics_kernel(Statistics<T> a
       }
       at += kUnroll * stride;
       // The mean of these few, their distances from it, and how it moves the mean of all so far.
-      float fresh[kV] = {}, x[kUnroll][kV];
-#pragma unroll
-      for (int u = 0; u < kUnroll; u++) {
-        unpack<T>(words[u], x[u]);
-#pragma unroll
-        for (int i = 0; i < kV; i++) fresh[i] += x[u][i];
-      }
       const float weight = kUnroll / (count + kUnroll);
 #pragma unroll
-      for (int i = 0; i < kV; i++) {
-        fresh[i] *= 1.0f / kUnroll;
+      for (int part = 0; part < kParts<T>; part++) {
+        float fresh[4] = {}, x[kUnroll][4];
 #pragma unroll
         for (int u = 0; u < kUnroll; u++) {
-          const float away = x[u][i] - fresh[i];
-          squares[i] += away * away;
+          unpack_part<T>(words[u], part, x[u]);
+#pragma unroll
+          for (int i = 0; i < 4; i++) fresh[i] += x[u][i];
         }
-        const float distance = fresh[i] - mean[i];
-        squares[i] += distance * distance * (count * weight);
-        mean[i] += distance * weight;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          fresh[i] *= 1.0f / kUnroll;
+          float& sum = squares[4 * part + i];
+#pragma unroll
+          for (int u = 0; u < kUnroll; u++) {
+            const float away = x[u][i] - fresh[i];
+            sum += away * away;
+          }
+          const float distance = fresh[i] - mean[4 * part + i];
+          sum += distance * distance * (count * weight);
+          mean[4 * part + i] += distance * weight;
+        }
       }
       count += kUnroll;
     }
@@ -234,27 +238,31 @@ __device__ inline float factor_of(const Normalization& n, int c) {
   return n.weight.data ? factor * value_at<T>(n.weight, c) : factor;
 }
 
-// before = (x - mean) * scale + bias
+// The rows of the table of a block's channels: before = (x - mean) * scale + bias.
+enum { kMean, kScale, kBias, kNormalization };
+
+// `slope`, if there is one, adds the rows kSlope and kConstant of the gradient.
+enum { kSlope = kNormalization, kConstant, kGradient };
+
 template <class T>
-__device__ inline void load_normalization(const Normalization& n, int c, int count,
-                                          float (&mean)[kVector<T>], float (&scale)[kVector<T>],
-                                          float (&bias)[kVector<T>]) {
-  load_vector<T>(n.mean, c, count, 0.0f, mean);
-  load_vector<T>(n.var, c, count, 1.0f, scale);
-#pragma unroll
-  for (int i = 0; i < kVector<T>; i++) scale[i] = rsqrtf(scale[i] + n.eps);
-  if (n.weight.data) {
-    load_vector<T>(n.weight, c, count, 0.0f, bias);
-#pragma unroll
-    for (int i = 0; i < kVector<T>; i++) scale[i] *= bias[i];
-  }
-  if (n.bias.data) {
-    load_vector<T>(n.bias, c, count, 0.0f, bias);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kVector<T>; i++) bias[i] = 0.0f;
+__device__ inline void fill_table(float* table, const Normalization& n, const float* slope,
+                                  const Tiles& tiles, int chunk) {
+  const int columns = tiles.width * kVector<T>;
+  for (int column = threadIdx.x; column < columns; column += kThreads) {
+    const int c = chunk * columns + column;
+    const bool inside = c < tiles.channels;
+    float* to = table + table_place<T>(tiles, column);
+    to[kMean * columns] = inside ? value_at<T>(n.mean, c) : 0.0f;
+    to[kScale * columns] = inside ? factor_of<T>(n, c) : 0.0f;
+    to[kBias * columns] = inside && n.bias.data ? value_at<T>(n.bias, c) : 0.0f;
+    if (slope) {
+      to[kSlope * columns] = inside ? slope[c] : 0.0f;
+      to[kConstant * columns] = inside ? slope[tiles.channels + c] : 0.0f;
+    }
   }
 }
+
+constexpr int kApplyBlocks = 4;
 
 template <class T>
 struct Apply {
@@ -270,12 +278,12 @@ struct Apply {
 };
 
 template <class T, bool kResidual>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 4 : 3) apply_kernel(Apply<T> args) {
-  constexpr int kV = kVector<T>, kRows = kResidual ? kUnroll / 2 : kUnroll;
+__global__ void __launch_bounds__(kThreads, kApplyBlocks) apply_kernel(Apply<T> args) {
+  constexpr int kRows = kResidual ? kUnroll / 2 : kUnroll;
+  float* table = reinterpret_cast<float*>(dynamic_shared());
   const Tiles& tiles = args.tiles;
   const int chunk = static_cast<int>(blockIdx.x) % tiles.chunks;
   const Lane lane = lane_of<T>(tiles, chunk);
-  if (lane.count == 0) return;
   const int64_t first =
       static_cast<int64_t>(blockIdx.x / tiles.chunks) * (args.steps * kRows * tiles.lanes);
   const int left = least(args.rows - first - lane.row, args.steps * kRows * tiles.lanes);
@@ -292,26 +300,37 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 4 : 3) apply_kernel
     }
   };
   fetch(0);
-  float mean[kV], scale[kV], bias[kV];
-  load_normalization<T>(args.normalization, lane.c, lane.count, mean, scale, bias);
+  fill_table<T>(table, args.normalization, nullptr, tiles, chunk);
+  __syncthreads();
+  if (lane.count == 0) return;
   for (int done = 0; done < left;) {
     with_activation(args.activation, [&](auto constant) {
 #pragma unroll
-      for (int u = 0; u < kRows; u++) {
-        float values[kV], other[kV];
-        unpack<T>(x[u], values);
-        if (kResidual) unpack<T>(added[u], other);
+      for (int part = 0; part < kParts<T>; part++) {
+        float mean[4], scale[4], bias[4];
+        load_part<T>(table, kMean, tiles, lane, part, mean);
+        load_part<T>(table, kScale, tiles, lane, part, scale);
+        load_part<T>(table, kBias, tiles, lane, part, bias);
 #pragma unroll
-        for (int i = 0; i < kV; i++) {
-          values[i] = (values[i] - mean[i]) * scale[i] + bias[i];
-          if (kResidual) values[i] += other[i];
-          values[i] = activate<decltype(constant){}()>(values[i]);
-        }
-        if (done + u * tiles.lanes < left) {
-          store_first(args.output + at + u * stride, lane.count, args.aligned, values);
+        for (int u = 0; u < kRows; u++) {
+          float values[4], other[4];
+          unpack_part<T>(x[u], part, values);
+          if (kResidual) unpack_part<T>(added[u], part, other);
+#pragma unroll
+          for (int i = 0; i < 4; i++) {
+            values[i] = (values[i] - mean[i]) * scale[i] + bias[i];
+            if (kResidual) values[i] += other[i];
+            values[i] = activate<decltype(constant){}()>(values[i]);
+          }
+          pack_part<T>(values, part, x[u]);
         }
       }
     });
+#pragma unroll
+    for (int u = 0; u < kRows; u++) {
+      const int count = done + u * tiles.lanes < left ? lane.count : 0;
+      store_first(args.output + at + u * stride, count, args.aligned, x[u]);
+    }
     done += kRows * tiles.lanes;
     at += kRows * stride;
     if (done < left) fetch(done);
@@ -382,8 +401,7 @@ struct Sums {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 3 : 2)
-    gradient_sums_kernel(Sums<T> args) {
+__global__ void __launch_bounds__(kThreads, 2) gradient_sums_kernel(Sums<T> args) {
   constexpr int kV = kVector<T>, kRows = kUnroll / 2;
   const Tiles& tiles = args.tiles;
   const int chunk = static_cast<int>(blockIdx.x) % tiles.chunks;
@@ -394,16 +412,17 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 3 : 2)
   int64_t at = (first + lane.row) * tiles.channels + lane.c;
   const int stride = tiles.lanes * tiles.channels;
 
+  float* table = reinterpret_cast<float*>(dynamic_shared());
+  fill_table<T>(table, args.finish.normalization, nullptr, tiles, chunk);
+  __syncthreads();
   float total[kV] = {}, product[kV] = {};
   if (lane.count > 0) {
-    float mean[kV], scale[kV], bias[kV];
-    load_normalization<T>(args.finish.normalization, lane.c, lane.count, mean, scale, bias);
     for (int row = lane.row; row < rows; row += kRows * tiles.lanes) {
-      Words upstream_words[kRows], words[kRows], added[kRows];
+      Words upstream[kRows], words[kRows], added[kRows];
 #pragma unroll
-      for (int u = 0; u < kRows; u++) {
+      for (int u = 0; u < kRows; u++) {  // zero past the last row, and so is t
         const int count = row + u * tiles.lanes < rows ? lane.count : 0;
-        upstream_words[u] = load_first(args.upstream + at + u * stride, count, args.aligned);
+        upstream[u] = load_first(args.upstream + at + u * stride, count, args.aligned);
         words[u] = load_first(args.input + at + u * stride, count, args.aligned);
         if (args.residual) {
           added[u] = load_first(args.residual + at + u * stride, count, args.aligned);
@@ -412,24 +431,32 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 3 : 2)
       at += kRows * stride;
       with_activation(args.activation, [&](auto constant) {
 #pragma unroll
-        for (int u = 0; u < kRows; u++) {
-          float x[kV], t[kV], other[kV];
-          unpack<T>(words[u], x);
-          unpack<T>(upstream_words[u], t);
-          if (args.residual) unpack<T>(added[u], other);
+        for (int part = 0; part < kParts<T>; part++) {
+          float mean[4], scale[4], bias[4];
+          load_part<T>(table, kMean, tiles, lane, part, mean);
+          load_part<T>(table, kScale, tiles, lane, part, scale);
+          load_part<T>(table, kBias, tiles, lane, part, bias);
 #pragma unroll
-          for (int i = 0; i < kV; i++) {
-            x[i] -= mean[i];
-            float before = x[i] * scale[i] + bias[i];
-            if (args.residual) before += other[i];
-            t[i] *= slope<decltype(constant){}()>(before);
-            total[i] += t[i];
-            product[i] += t[i] * x[i];
+          for (int u = 0; u < kRows; u++) {
+            float x[4], t[4], other[4];
+            unpack_part<T>(words[u], part, x);
+            unpack_part<T>(upstream[u], part, t);
+            if (args.residual) unpack_part<T>(added[u], part, other);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+              x[i] -= mean[i];
+              float before = x[i] * scale[i] + bias[i];
+              if (args.residual) before += other[i];
+              t[i] *= slope<decltype(constant){}()>(before);
+              total[4 * part + i] += t[i];
+              product[4 * part + i] += t[i] * x[i];
+            }
           }
         }
       });
     }
   }
+  __syncthreads();  // the sums take the table's place
 
   const int columns = tiles.width * kV;
   float* totals = reinterpret_cast<float*>(dynamic_shared());
@@ -485,18 +512,18 @@ struct Differentiate {
   int64_t rows;
   int steps;
   Tiles tiles;
-  bool aligned;
+  bool aligned, reads_input;
   Activation activation;
 };
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 3 : 2)
     differentiate_kernel(Differentiate<T> args) {
-  constexpr int kV = kVector<T>, kRows = kUnroll / 2;
+  constexpr int kRows = kUnroll / 2;
+  float* table = reinterpret_cast<float*>(dynamic_shared());
   const Tiles& tiles = args.tiles;
   const int chunk = static_cast<int>(blockIdx.x) % tiles.chunks;
   const Lane lane = lane_of<T>(tiles, chunk);
-  if (lane.count == 0) return;
   const int64_t first =
       static_cast<int64_t>(blockIdx.x / tiles.chunks) * (args.steps * kRows * tiles.lanes);
   const int left = least(args.rows - first - lane.row, args.steps * kRows * tiles.lanes);
@@ -509,50 +536,58 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 3 : 2)
     for (int u = 0; u < kRows; u++) {
       const int count = done + u * tiles.lanes < left ? lane.count : 0;
       upstream[u] = load_first(args.upstream + at + u * stride, count, args.aligned);
-      words[u].words = {0, 0, 0, 0};
-      if (args.input) words[u] = load_first(args.input + at + u * stride, count, args.aligned);
+      words[u] =
+          load_first(args.input + at + u * stride, args.reads_input ? count : 0, args.aligned);
       if (args.residual) {
         added[u] = load_first(args.residual + at + u * stride, count, args.aligned);
       }
     }
   };
   fetch(0);
-  float mean[kV], scale[kV], bias[kV], slopes_of_x[kV], constant[kV];
-  load_normalization<T>(args.normalization, lane.c, lane.count, mean, scale, bias);
-#pragma unroll
-  for (int i = 0; i < kV; i++) slopes_of_x[i] = constant[i] = 0.0f;
-  if (args.slope) {
-    load_vector<T>({args.slope, true}, lane.c, lane.count, 0.0f, slopes_of_x);
-    load_vector<T>({args.slope + tiles.channels, true}, lane.c, lane.count, 0.0f, constant);
-  }
+  fill_table<T>(table, args.normalization, args.slope, tiles, chunk);
+  __syncthreads();
+  if (lane.count == 0) return;
   for (int done = 0; done < left;) {
     with_activation(args.activation, [&](auto chosen) {
 #pragma unroll
-      for (int u = 0; u < kRows; u++) {
-        float x[kV], t[kV], other[kV];
-        unpack<T>(words[u], x);
-        unpack<T>(upstream[u], t);
-        if (args.residual) unpack<T>(added[u], other);
-        if (done + u * tiles.lanes >= left) break;
-#pragma unroll
-        for (int i = 0; i < kV; i++) {
-          x[i] -= mean[i];
-          float before = x[i] * scale[i] + bias[i];
-          if (args.residual) before += other[i];
-          t[i] *= slope<decltype(chosen){}()>(before);
+      for (int part = 0; part < kParts<T>; part++) {
+        float mean[4], scale[4], bias[4], slopes[4] = {}, constant[4] = {};
+        load_part<T>(table, kMean, tiles, lane, part, mean);
+        load_part<T>(table, kScale, tiles, lane, part, scale);
+        load_part<T>(table, kBias, tiles, lane, part, bias);
+        if (args.slope) {
+          load_part<T>(table, kSlope, tiles, lane, part, slopes);
+          load_part<T>(table, kConstant, tiles, lane, part, constant);
         }
-        if (args.residual_gradient) {
-          store_first(args.residual_gradient + at + u * stride, lane.count, args.aligned, t);
-        }
-        if (args.input_gradient) {
 #pragma unroll
-          for (int i = 0; i < kV; i++) {
-            t[i] = t[i] * scale[i] + (x[i] * slopes_of_x[i] + constant[i]);
+        for (int u = 0; u < kRows; u++) {
+          float x[4], t[4], other[4];
+          unpack_part<T>(words[u], part, x);
+          unpack_part<T>(upstream[u], part, t);
+          if (args.residual) unpack_part<T>(added[u], part, other);
+#pragma unroll
+          for (int i = 0; i < 4; i++) {
+            x[i] -= mean[i];
+            float before = x[i] * scale[i] + bias[i];
+            if (args.residual) before += other[i];
+            t[i] *= slope<decltype(chosen){}()>(before);
+            x[i] = t[i] * scale[i] + (x[i] * slopes[i] + constant[i]);
           }
-          store_first(args.input_gradient + at + u * stride, lane.count, args.aligned, t);
+          pack_part<T>(t, part, upstream[u]);
+          pack_part<T>(x, part, words[u]);
         }
       }
     });
+#pragma unroll
+    for (int u = 0; u < kRows; u++) {
+      const int count = done + u * tiles.lanes < left ? lane.count : 0;
+      if (args.residual_gradient) {
+        store_first(args.residual_gradient + at + u * stride, count, args.aligned, upstream[u]);
+      }
+      if (args.input_gradient) {
+        store_first(args.input_gradient + at + u * stride, count, args.aligned, words[u]);
+      }
+    }
     done += kRows * tiles.lanes;
     at += kRows * stride;
     if (done < left) fetch(done);
@@ -593,8 +628,8 @@ Shares gradient_shares(int64_t rows, int64_t channels) {
   return shares_of<T>(rows, channels, kUnroll / 2, 2);
 }
 
-int64_t table_bytes(const Tiles& tiles, int vector, int tables) {
-  return int64_t{4} * tables * tiles.lanes * tiles.width * vector;
+int64_t table_bytes(const Tiles& tiles, int vector, int rows) {
+  return int64_t{4} * rows * tiles.width * vector;
 }
 
 // Steps of a block in an elementwise pass: more of them load the vectors of the channels less
@@ -635,7 +670,7 @@ void run_statistics(const BatchNormActCuda& args) {
                                     tiles,
                                     all_aligned<T>(args.channels, {args.input})};
   launch(statistics_kernel<T>, dim3(blocks_of(int64_t{shares.blocks} * tiles.chunks)), kThreads,
-         table_bytes(tiles, kVector<T>, 3), args.stream, statistics);
+         table_bytes(tiles, kVector<T>, 3 * tiles.lanes), args.stream, statistics);
   if (shares.blocks == 1) return;
   const Merge merge = {args.scratch,
                        args.mean,
@@ -663,7 +698,8 @@ void run_apply(const BatchNormActCuda& args) {
                           tiles,
                           all_aligned<T>(args.channels, {args.output, args.input, args.residual}),
                           args.activation};
-  launch(apply_kernel<T, kResidual>, dim3(blocks_of(blocks)), kThreads, 0, args.stream, apply);
+  launch(apply_kernel<T, kResidual>, dim3(blocks_of(blocks)), kThreads,
+         table_bytes(tiles, kVector<T>, kNormalization), args.stream, apply);
 }
 
 template <class T>
@@ -702,7 +738,10 @@ void run_backward(const BatchNormActBackwardCuda& args) {
                              all_aligned<T>(args.channels, {args.upstream, args.input, residual}),
                              args.activation};
     launch(gradient_sums_kernel<T>, dim3(blocks_of(int64_t{shares.blocks} * shares.tiles.chunks)),
-           kThreads, table_bytes(shares.tiles, kVector<T>, 2), args.stream, problem);
+           kThreads,
+           table_bytes(shares.tiles, kVector<T>,
+                       static_cast<int>(max_of(kNormalization, 2 * shares.tiles.lanes))),
+           args.stream, problem);
     if (shares.blocks > 1) {
       launch(merge_gradient_sums_kernel<T>,
              dim3(blocks_of(ceil_div(args.channels, kMergeChannels))), kMergeChannels * kMergeLanes,
@@ -718,7 +757,7 @@ void run_backward(const BatchNormActBackwardCuda& args) {
       static_cast<T*>(args.input_gradient),
       static_cast<T*>(args.residual_gradient),
       static_cast<const T*>(args.upstream),
-      reads_input ? static_cast<const T*>(args.input) : nullptr,
+      static_cast<const T*>(args.input),
       static_cast<const T*>(residual),
       finish.slope,
       normalization,
@@ -727,8 +766,10 @@ void run_backward(const BatchNormActBackwardCuda& args) {
       tiles,
       all_aligned<T>(args.channels, {args.input_gradient, args.residual_gradient, args.upstream,
                                      args.input, residual}),
+      reads_input,
       args.activation};
-  launch(differentiate_kernel<T>, dim3(blocks_of(blocks)), kThreads, 0, args.stream, problem);
+  launch(differentiate_kernel<T>, dim3(blocks_of(blocks)), kThreads,
+         table_bytes(tiles, kVector<T>, kGradient), args.stream, problem);
 }
 
 }  // namespace

@@ -40,37 +40,53 @@ __device__ inline Words load_first(const T* from, int count, bool aligned) {
   return words;
 }
 
-// As `store`, to global memory.
+// Of a vector as `load_first` gave it, to global memory.
 template <class T>
-__device__ inline void store_first(T* to, int count, bool aligned,
-                                   const float (&values)[kVector<T>]) {
-  if (aligned && count >= kVector<T>) {
-    store_global(to, pack<T>(values));
+__device__ inline void store_first(T* to, int count, bool aligned, const Words& words) {
+  if (aligned) {
+    if (count >= kVector<T>) store_global(to, words);
     return;
   }
 #pragma unroll
   for (int i = 0; i < kVector<T>; i++) {
-    if (i < count) to[i] = from_float<T>(values[i]);
+    if constexpr (sizeof(T) == 4) {
+      if (i < count) to[i] = words.value[i];
+    } else {
+      if (i < count) to[i] = T{static_cast<uint16_t>(words.word[i / 2] >> (16 * (i % 2)))};
+    }
   }
 }
 
-// values[i] of channel c + i for i < count, `otherwise` past them.
+// Four values of a vector, which has kVector<T> / 4 such parts: kernels take one after the other,
+// so that what they need of the channels takes fewer registers.
 template <class T>
-__device__ inline void load_vector(const Values& from, int c, int count, float otherwise,
-                                   float (&values)[kVector<T>]) {
-  if (from.is_float && count >= kVector<T> && is_aligned(from.data)) {
-    const float* vector = static_cast<const float*>(from.data) + c;
+constexpr int kParts = kVector<T> / 4;
+
+template <class T>
+__device__ inline void unpack_part(const Words& words, int part, float (&values)[4]) {
+  if constexpr (sizeof(T) == 4) {
 #pragma unroll
-    for (int i = 0; i < kVector<T>; i += 4) {
-      const Words words = load_words(vector + i);
+    for (int i = 0; i < 4; i++) values[i] = words.value[i];
+  } else {
 #pragma unroll
-      for (int j = 0; j < 4; j++) values[i + j] = words.value[j];
+    for (int i = 0; i < 2; i++) {
+      const float2 pair = unpack2<T>(words.word[2 * part + i]);
+      values[2 * i] = pair.x;
+      values[2 * i + 1] = pair.y;
     }
-    return;
   }
+}
+
+template <class T>
+__device__ inline void pack_part(const float (&values)[4], int part, Words& words) {
+  if constexpr (sizeof(T) == 4) {
 #pragma unroll
-  for (int i = 0; i < kVector<T>; i++) {
-    values[i] = i < count ? value_at<T>(from, c + i) : otherwise;
+    for (int i = 0; i < 4; i++) words.value[i] = values[i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      words.word[2 * part + i] = pack2<T>(values[2 * i], values[2 * i + 1]);
+    }
   }
 }
 
@@ -97,15 +113,34 @@ struct Lane {
   int row;
   int c;      // its first channel
   int count;  // of its channels, at most a vector; 0: it has nothing to do
+  int v;      // place of its vector among the block's
 };
 
 template <class T>
 __device__ inline Lane lane_of(const Tiles& tiles, int chunk) {
   const int thread = static_cast<int>(threadIdx.x);
-  const int row = thread / tiles.width, v = chunk * tiles.width + thread - row * tiles.width;
-  const int left = tiles.channels - v * kVector<T>;
+  const int row = thread / tiles.width, v = thread - row * tiles.width;
+  const int c = (chunk * tiles.width + v) * kVector<T>, left = tiles.channels - c;
   const int count = row >= tiles.lanes || left < 0 ? 0 : left;
-  return {row, v * kVector<T>, count < kVector<T> ? count : kVector<T>};
+  return {row, c, count < kVector<T> ? count : kVector<T>, v};
+}
+
+// A table in shared memory of what belongs to the channels of a block: rows of width * kVector<T>
+// floats, of which a thread takes four at a time. Those of one part of the vectors are side by
+// side, so that neighbouring threads do not meet in the banks.
+template <class T>
+__device__ inline int table_place(const Tiles& tiles, int column) {
+  const int v = column / kVector<T>, i = column % kVector<T>;
+  return (i / 4 * tiles.width + v) * 4 + i % 4;
+}
+
+template <class T>
+__device__ inline void load_part(const float* table, int row, const Tiles& tiles, const Lane& lane,
+                                 int part, float (&values)[4]) {
+  const int at = (row * kParts<T> + part) * tiles.width + lane.v;
+  const Words words = load_words(table + at * 4);
+#pragma unroll
+  for (int i = 0; i < 4; i++) values[i] = words.value[i];
 }
 
 }  // namespace effkernels

@@ -204,7 +204,7 @@ MISTAKES = {
         "const float count = block == args.blocks - 1 ? last : usual;\n      moved",
         "const float count = usual;\n      moved",
     ),
-    "an average of averages": (FILE, "squares[i] += distance * distance * (count * weight);", ""),
+    "an average of averages": (FILE, "sum += distance * distance * (count * weight);", ""),
     "a tail": (FILE, "static_cast<int>(left) : most", "static_cast<int>(left) - 1 : most"),
     "rows of the next block in the gradient's sums": (
         FILE,
