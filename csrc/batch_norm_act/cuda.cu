@@ -14,40 +14,7 @@ __device__ inline int least(int64_t left, int most) {
   return left < most ? static_cast<int>(left) : most;
 }
 
-// ---- Sums over the rows of a block
-
-// Sums table[lane][column] over the lanes into table[0]: by all threads, in a fixed order; column c
-// is complete for thread c.
-__device__ inline void merge_lanes(float* table, int lanes, int columns) {
-  const int thread = static_cast<int>(threadIdx.x), most = kThreads / columns;
-  const int parts = most < lanes ? (most > 1 ? most : 1) : lanes;
-  const int part = thread / columns;
-  __syncthreads();
-  if (part < parts) {
-    float sum = table[thread];
-    for (int lane = part + parts; lane < lanes; lane += parts) {
-      sum += table[thread + (lane - part) * columns];
-    }
-    table[thread] = sum;
-  }
-  __syncthreads();
-  if (thread < columns) {
-    float sum = table[thread];
-    for (int other = 1; other < parts; other++) sum += table[other * columns + thread];
-    table[thread] = sum;
-  }
-}
-
-template <class T>
-__device__ inline void store_floats(float* to, const float (&values)[kVector<T>]) {
-#pragma unroll
-  for (int i = 0; i < kVector<T>; i += 4) {
-    Words words;
-#pragma unroll
-    for (int j = 0; j < 4; j++) words.value[j] = values[i + j];
-    store_words(to + i, words);
-  }
-}
+// ---- The statistics
 
 template <class T>
 struct Statistics {
@@ -146,14 +113,14 @@ __global__ void __launch_bounds__(kThreads, 3) statistics_kernel(Statistics<T> a
   each([&](int i, int column, float of_lane) {
     moved[i] = of_lane > 0.0f ? of_lane * (means[i] - means[column]) : 0.0f;
   });
-  merge_lanes(moved, tiles.lanes, columns);
+  merge_lanes<kThreads>(moved, tiles.lanes, columns);
   if (thread < columns) moved[thread] = means[thread] + moved[thread] / static_cast<float>(rows);
   __syncthreads();
   each([&](int i, int column, float of_lane) {
     const float distance = means[i] - moved[column];
     if (of_lane > 0.0f) sums[i] += of_lane * distance * distance;
   });
-  merge_lanes(sums, tiles.lanes, columns);
+  merge_lanes<kThreads>(sums, tiles.lanes, columns);
   const int c = chunk * columns + thread;
   if (thread < columns && c < tiles.channels) {
     if (args.blocks == 1) {
@@ -356,12 +323,7 @@ struct Finish {
 
 template <class T>
 __device__ inline void write(const Written& to, int c, float value) {
-  if (!to.data) return;
-  if (to.is_float) {
-    static_cast<float*>(to.data)[c] = value;
-  } else {
-    static_cast<T*>(to.data)[c] = from_float<T>(value);
-  }
+  if (to.data) write_value<T>(to, c, value);
 }
 
 template <class T>
@@ -466,8 +428,8 @@ __global__ void __launch_bounds__(kThreads, 2) gradient_sums_kernel(Sums<T> args
     store_floats<T>(totals + at, total);
     store_floats<T>(products + at, product);
   }
-  merge_lanes(totals, tiles.lanes, columns);
-  merge_lanes(products, tiles.lanes, columns);
+  merge_lanes<kThreads>(totals, tiles.lanes, columns);
+  merge_lanes<kThreads>(products, tiles.lanes, columns);
   const int c = chunk * columns + static_cast<int>(threadIdx.x);
   if (static_cast<int>(threadIdx.x) < columns && c < tiles.channels) {
     if (args.finish.blocks == 1) {

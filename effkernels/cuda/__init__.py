@@ -23,9 +23,10 @@ from ..build_info import why_not_built
 _OPS = {
     "batch_norm_act": "batch_norm_act",
     "silu": "silu",
+    "squeeze_excite": "squeeze_excite",
     "squeeze_excite_gate": "squeeze_excite",
 }
-_WITHOUT_BACKWARD: frozenset[str] = frozenset({"squeeze_excite_gate"})
+_WITHOUT_BACKWARD: frozenset[str] = frozenset()
 
 # Ops whose CUDA C++ comes before Triton's in "auto".
 BEFORE_TRITON: frozenset[str] = frozenset()
