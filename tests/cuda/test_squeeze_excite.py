@@ -209,7 +209,7 @@ def test_too_many_channels_are_refused(device):
 
 def _check() -> None:
     case = Case(
-        batch=3, channels=72, reduced=20, size=(5, 7), biases="reduce+expand",
+        batch=3, channels=72, reduced=40, size=(5, 7), biases="reduce+expand",
         dtype=torch.bfloat16,
     )  # fmt: skip
     odd = Case(
