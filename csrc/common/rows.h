@@ -55,6 +55,22 @@ __device__ inline Words load_first(const T* from, int count, bool aligned) {
   return words;
 }
 
+template <bool kValue>
+struct BoolConstant {
+  __host__ __device__ constexpr operator bool() const { return kValue; }
+};
+
+// Calls f(constant that is `aligned`): one branch around all the accesses of a step, which follow
+// each other without one then.
+template <class F>
+__device__ inline void with_alignment(bool aligned, F&& f) {
+  if (aligned) {
+    f(BoolConstant<true>{});
+  } else {
+    f(BoolConstant<false>{});
+  }
+}
+
 // Of a vector as `load_first` gave it, to global memory.
 template <class T>
 __device__ inline void store_first(T* to, int count, bool aligned, const Words& words) {

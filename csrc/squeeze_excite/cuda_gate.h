@@ -1,4 +1,29 @@
-// What the kernels between the mean and the gate share, and the forward one.
+// From partial sums of the mean to the gate, in one kernel:
+//
+//   hidden[n] = reduce_weight * mean[n] + reduce_bias                                     [R]
+//   gate[n]   = gate_activation(expand_weight * activation(hidden[n]) + expand_bias)      [C]
+//
+// Reads the weights, 221 KB at B0's last blocks (1152 channels, 48 of them reduced, 2 bytes), out
+// of the L2: the work is latency. No block can wait for another, so each makes the whole hidden
+// vector of its images (110 KB of weights, 1.2 us at 55 bytes a clock) and then a slice of their
+// gates, which is the smaller the more processors there are left: 64 channels at batch 1.
+//
+// What waits for what: the first rows of the first matrix are asked for before the partial sums;
+// those before anything is multiplied; the first rows of the second matrix before the hidden vector
+// is complete. So a block waits for memory once, and then for the L2's rate. A warp multiplies 4
+// rows of the first matrix with the means, which lie in shared memory, so that reading these is no
+// more work than the products; lanes side by side share a row of the second matrix (8 lanes at
+// R = 48) and read it as it lies in memory.
+//
+// Of 66 images (on 132 processors) or more a block takes 4, and reads the weights once for them: at
+// 256 images 128 blocks read 21 MB, where one block an image would read 57 MB.
+// As compiled for sm_90: 64 registers for one image (float16: 81), 88 to 121 for four.
+//
+// Not tried, as the emulated GPU has none: clusters, whose 8 blocks would make an eighth of the
+// hidden vector each (0.2 us instead of 1.2); tensor cores, which have nothing to do at batch 1.
+// No GPU has run this.
+//
+// promise: gate_kernel<.*> threads 512, shared 66560, warps 16, loads 16
 #pragma once
 
 #include "common/cuda.h"
@@ -124,12 +149,14 @@ __device__ inline void multiply_means(const Gate<T>& args, const float* mean, fl
   const int span = ((vectors + args.splits - 1) / args.splits + kWarp - 1) / kWarp * kWarp;
   const auto fetch = [&](int task, int start, Words(&words)[kRows]) {
     const int r = task % groups * kRows, v = start + lane;
+    with_alignment(args.reduce_aligned, [&](auto aligned) {
 #pragma unroll
-    for (int i = 0; i < kRows; i++) {
-      const int count = r + i < args.reduced ? args.channels - v * kVector<T> : 0;
-      words[i] = load_first(args.reduce_weight + int64_t{r + i} * args.channels + v * kVector<T>,
-                            count, args.reduce_aligned);
-    }
+      for (int i = 0; i < kRows; i++) {
+        const int count = r + i < args.reduced ? args.channels - v * kVector<T> : 0;
+        words[i] = load_first(args.reduce_weight + int64_t{r + i} * args.channels + v * kVector<T>,
+                              count, aligned);
+      }
+    });
   };
   int task = static_cast<int>(threadIdx.x) / kWarp;
   Words following[kRows];
@@ -205,12 +232,14 @@ __device__ inline void multiply_hidden(const Gate<T>& args, const float* hidden,
   const int lanes = args.lanes, rows = kWarp / lanes, own = lane % lanes, group = lane / lanes;
   const auto fetch = [&](int base, int start, Words(&words)[kSteps]) {
     const int at = (start + own) * kVector<T>;
+    with_alignment(args.expand_aligned, [&](auto aligned) {
 #pragma unroll
-    for (int step = 0; step < kSteps; step++) {
-      const int c = base + step * rows + group;
-      words[step] = load_first(args.expand_weight + int64_t{c} * reduced + at,
-                               c < end ? reduced - at : 0, args.expand_aligned);
-    }
+      for (int step = 0; step < kSteps; step++) {
+        const int c = base + step * rows + group;
+        words[step] = load_first(args.expand_weight + int64_t{c} * reduced + at,
+                                 c < end ? reduced - at : 0, aligned);
+      }
+    });
   };
   Words words[kSteps];
   int base = begin + warp * kSteps * rows;
