@@ -17,8 +17,10 @@
 #if defined(EFFKERNELS_EMULATED)
 #include "common/emulation.h"
 #else
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
+
+// Exported by every torch with CUDA; its header declares it only where CUDA's own headers are.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 #endif
 
 namespace effkernels {
