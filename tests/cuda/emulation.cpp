@@ -597,10 +597,8 @@ uint32_t to_tf32(float value) {  // to nearest, halves away from zero
 // ---- What -fsanitize=thread makes kernels call. ThreadSanitizer itself is not linked.
 
 extern "C" {
-#define HOOK(NAME, SIZE, WRITE)                                  \
-  void NAME(void* address) {                                     \
-    effkernels::emulation::aligned_access(address, SIZE, WRITE); \
-  }
+#define HOOK(NAME, SIZE, WRITE) \
+  void NAME(void* address) { effkernels::emulation::aligned_access(address, SIZE, WRITE); }
 HOOK(__tsan_read1, 1, false)
 HOOK(__tsan_read2, 2, false)
 HOOK(__tsan_read4, 4, false)
