@@ -103,7 +103,7 @@ void run_statistics(const BatchNormActCuda& args) {
                                     tiles,
                                     all_aligned<T>(args.channels, {args.input})};
   launch(statistics_kernel<T>, dim3(blocks_of(int64_t{shares.blocks} * tiles.chunks)), kThreads,
-         table_bytes(tiles, kVector<T>, 3 * tiles.lanes), args.stream, statistics);
+         table_bytes(tiles, kVector<T>, 3 * tiles.lanes + 1), args.stream, statistics);
   if (shares.blocks == 1) return;
   const Merge merge = {args.scratch,
                        args.mean,

@@ -198,8 +198,8 @@ MISTAKES = {
     ),
     "a barrier is missing": (
         STATISTICS,
-        "moved[thread] / static_cast<float>(rows);\n  __syncthreads();",
-        "moved[thread] / static_cast<float>(rows);",
+        "moved[thread] / static_cast<float>(rows);\n  }\n  __syncthreads();",
+        "moved[thread] / static_cast<float>(rows);\n  }",
     ),
     "the last block is as long as the others": (
         STATISTICS,
