@@ -21,7 +21,10 @@ from ..build_info import read_build_info, why_not_built
 
 # ops -> the file here that has them; without gradient kernels: in _WITHOUT_BACKWARD
 _OPS = {
+    "batch_norm_act": "batch_norm_act",
     "silu": "silu",
+    "squeeze_excite": "squeeze_excite",
+    "squeeze_excite_gate": "squeeze_excite",
 }
 _WITHOUT_BACKWARD: frozenset[str] = frozenset()
 
