@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "bindings/arguments.h"
+#include "pointwise_conv/cuda.h"
 #include "silu/cuda.h"
 
 #if defined(EFFKERNELS_EMULATED)
@@ -42,6 +43,14 @@ class OnDevice {
   void* stream_ = nullptr;
 };
 
+// A tensor of `input`'s dtype, or null.
+const void* values_of(const char* name, const OptionalTensor& tensor, DType dtype, int64_t size) {
+  if (!tensor) return nullptr;
+  STD_TORCH_CHECK(dtype_of(*tensor) == dtype, "effkernels_cuda: ", name, " has another dtype");
+  check_size(name, *tensor, size);
+  return tensor->const_data_ptr();
+}
+
 void activation(Tensor output, Tensor input, OptionalTensor upstream, int64_t activation) {
   const OnDevice device(input);
   const DType dtype = dtype_of(input);
@@ -51,11 +60,43 @@ void activation(Tensor output, Tensor input, OptionalTensor upstream, int64_t ac
                    device.stream()});
 }
 
+void pointwise_conv(Tensor output, OptionalTensor sums, Tensor input, Tensor weight,
+                    OptionalTensor scale, OptionalTensor bias, OptionalTensor gate,
+                    OptionalTensor residual, int64_t activation) {
+  const OnDevice device(input);
+  const Images in = images_of(input);
+  PointwiseConvCuda args{};
+  args.dtype = dtype_of(input);
+  args.images = in.count;
+  args.pixels = in.pixels();
+  args.channels = in.channels;
+  args.outputs = weight.size(0);
+  const int64_t size = in.count * in.pixels() * args.outputs;
+  args.output = writable("output", output, args.dtype, size);
+  args.input = input.const_data_ptr();
+  args.weight = values_of("weight", weight, args.dtype, args.outputs * in.channels);
+  args.scale = floats("scale", scale, args.outputs);
+  args.bias = floats("bias", bias, args.outputs);
+  args.gate = values_of("gate", gate, args.dtype, in.count * in.channels);
+  args.residual = residual_of(residual, args.dtype, size);
+  args.activation = activation_of(activation);
+  args.places = pointwise_conv_cuda_places(args.pixels);
+  if (sums) {
+    const int64_t places = in.count * args.places * args.outputs;
+    args.sums = static_cast<float*>(writable("sums", *sums, DType::f32, places));
+  }
+  args.stream = device.stream();
+  pointwise_conv_cuda(args);
+}
+
 }  // namespace
 }  // namespace effkernels
 
 STABLE_TORCH_LIBRARY(effkernels_cuda, m) {
   m.def("activation(Tensor(a!) output, Tensor input, Tensor? upstream, int activation) -> ()");
+  m.def(
+      "pointwise_conv(Tensor(a!) output, Tensor(b!)? sums, Tensor input, Tensor weight, "
+      "Tensor? scale, Tensor? bias, Tensor? gate, Tensor? residual, int activation) -> ()");
 #if defined(EFFKERNELS_EMULATED)
   m.def("configure(int seed, int capability, int processors, int shared_memory) -> ()");
 #endif
@@ -67,6 +108,7 @@ STABLE_TORCH_LIBRARY_IMPL(effkernels_cuda, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(effkernels_cuda, CUDA, m) {
 #endif
   m.impl("activation", TORCH_BOX(&effkernels::activation));
+  m.impl("pointwise_conv", TORCH_BOX(&effkernels::pointwise_conv));
 }
 
 #if defined(EFFKERNELS_EMULATED)

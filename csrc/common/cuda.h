@@ -89,6 +89,54 @@ __device__ inline float2 unpack2<f16>(uint32_t packed) {
 #endif
 }
 
+// The products of two pairs, rounded as `pack2` rounds.
+template <class T>
+__device__ inline uint32_t multiply2(uint32_t a, uint32_t b);
+
+template <>
+__device__ inline uint32_t multiply2<bf16>(uint32_t a, uint32_t b) {
+#if defined(__CUDACC__)
+  uint32_t product;  // a * b - 0: there is no product of two bf16x2 before sm_90
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(product) : "r"(a), "r"(b), "r"(0x80008000u));
+  return product;
+#else
+  const float2 x = unpack2<bf16>(a), y = unpack2<bf16>(b);
+  return pack2<bf16>(x.x * y.x, x.y * y.y);
+#endif
+}
+
+template <>
+__device__ inline uint32_t multiply2<f16>(uint32_t a, uint32_t b) {
+#if defined(__CUDACC__)
+  uint32_t product;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  return product;
+#else
+  const float2 x = unpack2<f16>(a), y = unpack2<f16>(b);
+  return pack2<f16>(x.x * y.x, x.y * y.y);
+#endif
+}
+
+// A float as the four bytes that it is in memory, and back.
+__device__ inline uint32_t float_word(float value) {
+#if defined(__CUDACC__)
+  return __float_as_uint(value);
+#else
+  uint32_t word;
+  std::memcpy(&word, &value, 4);
+  return word;
+#endif
+}
+__device__ inline float word_float(uint32_t word) {
+#if defined(__CUDACC__)
+  return __uint_as_float(word);
+#else
+  float value;
+  std::memcpy(&value, &word, 4);
+  return value;
+#endif
+}
+
 __device__ inline float to_float(float value) { return value; }
 template <class T>
 __device__ inline float to_float(T value) {

@@ -21,9 +21,10 @@ from ..build_info import why_not_built
 
 # ops -> the file here that has them; without gradient kernels: in _WITHOUT_BACKWARD
 _OPS = {
+    "pointwise_conv": "pointwise_conv",
     "silu": "silu",
 }
-_WITHOUT_BACKWARD: frozenset[str] = frozenset()
+_WITHOUT_BACKWARD: frozenset[str] = frozenset({"pointwise_conv"})
 
 # Ops whose CUDA C++ comes before Triton's in "auto".
 BEFORE_TRITON: frozenset[str] = frozenset()
