@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "bindings/arguments.h"
+#include "mbconv/cuda.h"
 #include "pointwise_conv/cuda.h"
 #include "silu/cuda.h"
 
@@ -89,6 +90,48 @@ void pointwise_conv(Tensor output, OptionalTensor sums, Tensor input, Tensor wei
   pointwise_conv_cuda(args);
 }
 
+void expand_depthwise(Tensor output, OptionalTensor partials, Tensor input, Tensor expand_weight,
+                      OptionalTensor expand_scale, OptionalTensor expand_bias, Tensor taps,
+                      OptionalTensor scale, OptionalTensor bias, std::vector<int64_t> geometry,
+                      std::vector<int64_t> config, int64_t activation) {
+  const OnDevice device(input);
+  STD_TORCH_CHECK(config.size() == 3, "effkernels_cuda: mbconv: a configuration has 3 numbers");
+  for (const int64_t number : config) {
+    STD_TORCH_CHECK(number >= 1, "effkernels_cuda: mbconv: bad configuration");
+  }
+  ExpandDepthwiseCuda args{};
+  args.dtype = dtype_of(input);
+  args.in = images_of(input);
+  args.expanded = expand_weight.size(0);
+  args.output_height = output.size(2);
+  args.output_width = output.size(3);
+  args.geometry = geometry_of(geometry);
+  args.tile_height = config[0];
+  args.tile_width = config[1];
+  args.groups = config[2];
+  const int64_t pixels = args.output_height * args.output_width;
+  args.output =
+      writable("output", output, args.dtype, args.in.count * pixels * args.expanded);
+  if (partials) {
+    const int64_t tiles = ceil_div(args.output_height, args.tile_height) *
+                          ceil_div(args.output_width, args.tile_width);
+    args.partials = static_cast<float*>(
+        writable("partials", *partials, DType::f32, args.in.count * tiles * args.expanded));
+  }
+  args.input = input.const_data_ptr();
+  args.expand_weight = values_of("expand_weight", expand_weight, args.dtype,
+                                 args.expanded * args.in.channels);
+  args.expand_scale = floats("expand_scale", expand_scale, args.expanded);
+  args.expand_bias = floats("expand_bias", expand_bias, args.expanded);
+  const Geometry& g = args.geometry;
+  args.taps = values_of("taps", taps, args.dtype, g.kernel_h * g.kernel_w * args.expanded);
+  args.scale = floats("scale", scale, args.expanded);
+  args.bias = floats("bias", bias, args.expanded);
+  args.activation = activation_of(activation);
+  args.stream = device.stream();
+  expand_depthwise_cuda(args);
+}
+
 }  // namespace
 }  // namespace effkernels
 
@@ -97,6 +140,10 @@ STABLE_TORCH_LIBRARY(effkernels_cuda, m) {
   m.def(
       "pointwise_conv(Tensor(a!) output, Tensor(b!)? sums, Tensor input, Tensor weight, "
       "Tensor? scale, Tensor? bias, Tensor? gate, Tensor? residual, int activation) -> ()");
+  m.def(
+      "expand_depthwise(Tensor(a!) output, Tensor(b!)? partials, Tensor input, "
+      "Tensor expand_weight, Tensor? expand_scale, Tensor? expand_bias, Tensor taps, "
+      "Tensor? scale, Tensor? bias, int[] geometry, int[] config, int activation) -> ()");
 #if defined(EFFKERNELS_EMULATED)
   m.def("configure(int seed, int capability, int processors, int shared_memory) -> ()");
 #endif
@@ -108,6 +155,7 @@ STABLE_TORCH_LIBRARY_IMPL(effkernels_cuda, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(effkernels_cuda, CUDA, m) {
 #endif
   m.impl("activation", TORCH_BOX(&effkernels::activation));
+  m.impl("expand_depthwise", TORCH_BOX(&effkernels::expand_depthwise));
   m.impl("pointwise_conv", TORCH_BOX(&effkernels::pointwise_conv));
 }
 

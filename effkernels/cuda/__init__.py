@@ -21,10 +21,11 @@ from ..build_info import why_not_built
 
 # ops -> the file here that has them; without gradient kernels: in _WITHOUT_BACKWARD
 _OPS = {
+    "mbconv": "mbconv",
     "pointwise_conv": "pointwise_conv",
     "silu": "silu",
 }
-_WITHOUT_BACKWARD: frozenset[str] = frozenset({"pointwise_conv"})
+_WITHOUT_BACKWARD: frozenset[str] = frozenset({"mbconv", "pointwise_conv"})
 
 # Ops whose CUDA C++ comes before Triton's in "auto".
 BEFORE_TRITON: frozenset[str] = frozenset()
@@ -63,6 +64,23 @@ def device_error(index: int) -> str | None:
             f"{OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]} or later is needed"
         )
     return None
+
+
+def device_limits(input: Tensor) -> tuple[int, int]:
+    """Processors of ``input``'s device, and bytes of shared memory that a block may have."""
+    if _emulating:
+        return EMULATED_LIMITS
+    index = input.device.index
+    return _limits(torch.cuda.current_device() if index is None else index)
+
+
+@functools.cache
+def _limits(index: int) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(index)
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+
+
+EMULATED_LIMITS = (132, 227 * 1024)  # of an H100
 
 
 @contextmanager

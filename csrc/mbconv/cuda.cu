@@ -1,0 +1,410 @@
+#include <climits>
+
+#include "common/cuda.h"
+#include "common/cuda_product.h"
+#include "mbconv/cuda.h"
+
+namespace effkernels {
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / kWarp;
+constexpr int kChannels = 32;              // expanded at a time
+constexpr int kPairs = kChannels / 2;      // a thread convolves two channels
+constexpr int kStrips = kThreads / kPairs;
+constexpr int kTile = 4;                   // x kTile outputs of a thread
+constexpr int kVectors = 4;                // scale and bias of both convolutions
+
+template <class T>
+struct Fused {
+  T* output;
+  float* partials;
+  const T* input;
+  const T* expand_weight;
+  const T* taps;
+  const float* vectors[kVectors];
+  int height, width, channels, expanded, output_height, output_width, top, left;
+  int tile_height, tile_width, tiles_down, tiles_across, groups;
+  bool aligned_input;    // rows of input and expand_weight are whole chunks
+  bool aligned_taps;     // those of taps are
+  bool aligned_vectors;  // and those of the floats
+  bool aligned_output;   // pairs of channels are
+  Activation activation;
+};
+
+// Shared memory of a block, in bytes from its beginning.
+struct Layout {
+  int seen_height, seen_width;  // expanded pixels around a tile, those beyond the image included
+  int pixels;                   // of the input, at most
+  int row;                      // bytes of a pixel of the input, or of a row of weights
+  int input, weights, taps, vectors, positions, totals, end;
+};
+
+template <class T>
+constexpr int kPixel = kChannels * static_cast<int>(sizeof(T)) + kChunk;  // bytes, expanded
+
+__host__ __device__ constexpr int up(int value, int multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+template <class T, int kKernel, int kStride>
+__host__ __device__ inline Layout layout_of(const Fused<T>& p) {
+  Layout s{};
+  s.seen_height = (up(p.tile_height, kTile) - 1) * kStride + kKernel;
+  s.seen_width = (up(p.tile_width, kTile) - 1) * kStride + kKernel;
+  const int height = (p.tile_height - 1) * kStride + kKernel;
+  const int width = (p.tile_width - 1) * kStride + kKernel;
+  s.pixels = (height < p.height ? height : p.height) * (width < p.width ? width : p.width);
+  // an odd number of chunks, so that those of eight rows lie in different banks
+  s.row = up(p.channels * static_cast<int>(sizeof(T)), kStepBytes) + kChunk;
+  s.input = s.seen_height * s.seen_width * kPixel<T>;
+  s.weights = s.input + s.pixels * s.row;
+  s.taps = s.weights + 2 * kChannels * s.row;
+  s.vectors = s.taps + 2 * kKernel * kKernel * kChannels * static_cast<int>(sizeof(T));
+  s.positions = s.vectors + 2 * kVectors * kChannels * 4;
+  s.totals = s.positions + up(s.pixels * 4, kChunk);
+  s.end = s.totals + (p.partials == nullptr ? 0 : kStrips * kChannels * 4);
+  return s;
+}
+
+template <class T, int kKernel, int kStride>
+__global__ void __launch_bounds__(kThreads, 2) expand_depthwise_kernel(Fused<T> p) {
+  constexpr int kSpan = (kTile - 1) * kStride + kKernel;  // rows and columns that a thread sees
+  constexpr int kTapRow = kChannels * static_cast<int>(sizeof(T));
+  const Layout s = layout_of<T, kKernel, kStride>(p);
+  unsigned char* const shared = dynamic_shared();
+  int* const positions = reinterpret_cast<int*>(shared + s.positions);
+  float* const totals = reinterpret_cast<float*>(shared + s.totals);
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
+  const int group = static_cast<int>(blockIdx.x % p.groups);
+  const int tiles = p.tiles_down * p.tiles_across;
+  const int tile = static_cast<int>(blockIdx.x / p.groups % tiles);
+  const int64_t image = blockIdx.x / p.groups / tiles;
+  const int first_y = tile / p.tiles_across * p.tile_height;
+  const int first_x = tile % p.tiles_across * p.tile_width;
+  const int outputs_down = p.output_height - first_y < p.tile_height
+                               ? p.output_height - first_y
+                               : p.tile_height;
+  const int outputs_across =
+      p.output_width - first_x < p.tile_width ? p.output_width - first_x : p.tile_width;
+
+  // The pixels that the windows see: a rectangle, and what of it is inside the image.
+  const int corner_y = first_y * kStride - p.top, corner_x = first_x * kStride - p.left;
+  const int begin_y = corner_y > 0 ? corner_y : 0, begin_x = corner_x > 0 ? corner_x : 0;
+  const int seen_end_y = corner_y + (outputs_down - 1) * kStride + kKernel;
+  const int seen_end_x = corner_x + (outputs_across - 1) * kStride + kKernel;
+  const int end_y = seen_end_y < p.height ? seen_end_y : p.height;
+  const int end_x = seen_end_x < p.width ? seen_end_x : p.width;
+  const int inside_width = end_x > begin_x ? end_x - begin_x : 0;
+  const int inside = end_y > begin_y ? (end_y - begin_y) * inside_width : 0;
+
+  const T* const input = p.input + image * p.height * p.width * p.channels;
+  const int row_chunks = (s.row - kChunk) / kChunk;
+  for (int pixel = thread / 8; pixel < inside; pixel += kThreads / 8) {
+    const int y = begin_y + pixel / inside_width, x = begin_x + pixel % inside_width;
+    if (thread % 8 == 0) {
+      positions[pixel] = ((y - corner_y) * s.seen_width + x - corner_x) * kPixel<T>;
+    }
+    const T* const row = input + (y * p.width + x) * p.channels;
+    for (int c = thread % 8; c < row_chunks; c += 8) {
+      copy_chunk(shared + s.input + pixel * s.row + c * kChunk, row, c * kVector<T>, p.channels,
+                 true, p.aligned_input);
+    }
+  }
+  // Around the image the expanded tensor is zero, for all channels.
+  for (int at = thread * kChunk; at < s.input; at += kThreads * kChunk) {
+    store_words(shared + at, Words{});
+  }
+
+  const int chunks = (p.expanded + kChannels - 1) / kChannels;
+  // Weights, taps and vectors of a chunk of channels.
+  const auto fetch = [&](int chunk) {
+    const int first = chunk * kChannels, buffer = chunk / p.groups % 2;
+    {
+      const int row = thread / 8, e = first + row;
+      unsigned char* const to = shared + s.weights + (buffer * kChannels + row) * s.row;
+      const bool exists = e < p.expanded;
+      for (int c = thread % 8; c < row_chunks; c += 8) {
+        copy_chunk(to + c * kChunk, p.expand_weight + (exists ? e * p.channels : 0),
+                   c * kVector<T>, p.channels, exists, p.aligned_input);
+      }
+    }
+    constexpr int kTapChunks = kTapRow / kChunk;
+    for (int at = thread; at < kKernel * kKernel * kTapChunks; at += kThreads) {
+      const int tap = at / kTapChunks, c = at % kTapChunks;
+      copy_chunk(shared + s.taps + (buffer * kKernel * kKernel + tap) * kTapRow + c * kChunk,
+                 p.taps + tap * p.expanded, first + c * kVector<T>, p.expanded, true,
+                 p.aligned_taps);
+    }
+    if (thread < kVectors * kChannels / 4) {
+      const int vector = thread / 8, c = thread % 8;
+      unsigned char* const to =
+          shared + s.vectors + (buffer * kVectors + vector) * kChannels * 4 + c * kChunk;
+      const float* const from = vector == 0   ? p.vectors[0]
+                                : vector == 1 ? p.vectors[1]
+                                : vector == 2 ? p.vectors[2]
+                                              : p.vectors[3];
+      if (from != nullptr) {
+        copy_chunk(to, from, first + c * 4, p.expanded, true, p.aligned_vectors);
+      } else {
+        const float value = vector % 2 == 0 ? 1.0f : 0.0f;
+        const float values[4] = {value, value, value, value};
+        store_words(to, pack<float>(values));
+      }
+    }
+  };
+  const auto store_totals = [&](int chunk) {
+    const int e = chunk * kChannels + thread;
+    if (thread >= kChannels || e >= p.expanded) return;
+    float total = 0.0f;
+#pragma unroll
+    for (int strip = 0; strip < kStrips; strip++) total += totals[strip * kChannels + thread];
+    p.partials[(image * tiles + tile) * p.expanded + e] = total;
+  };
+
+  fetch(group);
+  commit_copies();
+  int buffer = 0;
+  for (int chunk = group; chunk < chunks; chunk += p.groups, buffer ^= 1) {
+    wait_copies<0>();
+    __syncthreads();  // this chunk's weights are there; the last one's convolution is over
+    if (p.partials != nullptr && chunk != group) store_totals(chunk - p.groups);
+    if (chunk + p.groups < chunks) fetch(chunk + p.groups);
+    commit_copies();
+    const unsigned char* const vectors =
+        shared + s.vectors + buffer * kVectors * kChannels * 4;
+
+    // The expansion: warps take 16 pixels at a time, two times at once.
+    const unsigned char* const weights =
+        shared + s.weights + buffer * kChannels * s.row + (lane % 8 + lane / 16 * 8) * s.row +
+        lane / 8 % 2 * kChunk;
+    const int pixel_tiles = (inside + 15) / 16;
+    for (int first = warp; first < pixel_tiles; first += 2 * kWarps) {
+      const bool two = first + kWarps < pixel_tiles;
+      const unsigned char* from[2];
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const int pixel = (first + i * kWarps) * 16 + lane % 16;
+        from[i] = shared + s.input + (pixel < inside ? pixel : inside - 1) * s.row +
+                  lane / 16 * kChunk;
+      }
+      float sum[2][4][4] = {};
+      for (int step = 0; step < row_chunks / 2; step++) {
+        uint32_t left[4], right[2][4];
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+          load_matrices(right[j], weights + 16 * j * s.row + step * kStepBytes);
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          if (i == 1 && !two) continue;
+          load_matrices(left, from[i] + step * kStepBytes);
+          const Fragment<T, 4> a(left);
+#pragma unroll
+          for (int j = 0; j < 4; j++) {
+            const Fragment<T, 2> b(right[j / 2] + j % 2 * 2);
+            multiply_add_step<T>(sum[i][j], a, b);
+          }
+        }
+      }
+      // sum[i][j][2 h + l] is of pixel 8 h + lane / 4 and channel 8 j + 2 (lane % 4) + l.
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        const int c = 8 * j + lane % 4 * 2;
+        const float2 scale = load2(reinterpret_cast<const float*>(vectors) + c);
+        const float2 bias = load2(reinterpret_cast<const float*>(vectors) + kChannels + c);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+#pragma unroll
+          for (int h = 0; h < 2; h++) {
+            sum[i][j][2 * h] = sum[i][j][2 * h] * scale.x + bias.x;
+            sum[i][j][2 * h + 1] = sum[i][j][2 * h + 1] * scale.y + bias.y;
+          }
+        }
+      }
+      with_activation(p.activation, [&](auto constant) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+#pragma unroll
+          for (int j = 0; j < 4; j++) {
+#pragma unroll
+            for (int r = 0; r < 4; r++) {
+              sum[i][j][r] = activate_as<T, decltype(constant){}()>(sum[i][j][r]);
+            }
+          }
+        }
+      });
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          const int pixel = (first + i * kWarps) * 16 + 8 * h + lane / 4;
+          if (pixel >= inside) continue;
+          T* const to = reinterpret_cast<T*>(shared + positions[pixel]) + lane % 4 * 2;
+#pragma unroll
+          for (int j = 0; j < 4; j++) {
+            store2(to + 8 * j, float2{sum[i][j][2 * h], sum[i][j][2 * h + 1]});
+          }
+        }
+      }
+    }
+    __syncthreads();  // the expanded tile is there
+
+    // The convolution: a thread has two channels of 4 x 4 outputs.
+    const int pair = thread % kPairs * 2, e = chunk * kChannels + pair;
+    float2 taps[kKernel * kKernel];
+#pragma unroll
+    for (int t = 0; t < kKernel * kKernel; t++) {
+      taps[t] = load2(reinterpret_cast<const T*>(
+                          shared + s.taps + (buffer * kKernel * kKernel + t) * kTapRow) +
+                      pair);
+    }
+    const float2 scale = load2(reinterpret_cast<const float*>(vectors) + 2 * kChannels + pair);
+    const float2 bias = load2(reinterpret_cast<const float*>(vectors) + 3 * kChannels + pair);
+    T* const output =
+        p.output + image * p.output_height * p.output_width * p.expanded + e;
+    const int strips_across = (outputs_across + kTile - 1) / kTile;
+    const int strips = (outputs_down + kTile - 1) / kTile * strips_across;
+    float2 total = {0.0f, 0.0f};
+    for (int strip = thread / kPairs; strip < strips; strip += kStrips) {
+      const int y = strip / strips_across * kTile, x = strip % strips_across * kTile;
+      const unsigned char* const corner =
+          shared + (y * s.seen_width + x) * kStride * kPixel<T> + pair * sizeof(T);
+      float2 sum[kTile][kTile];
+#pragma unroll
+      for (int r = 0; r < kTile; r++) {
+#pragma unroll
+        for (int c = 0; c < kTile; c++) sum[r][c] = {0.0f, 0.0f};
+      }
+#pragma unroll
+      for (int i = 0; i < kSpan; i++) {
+        float2 seen[kSpan];
+#pragma unroll
+        for (int j = 0; j < kSpan; j++) {
+          seen[j] = load2(
+              reinterpret_cast<const T*>(corner + (i * s.seen_width + j) * kPixel<T>));
+        }
+#pragma unroll
+        for (int r = 0; r < kTile; r++) {
+          const int down = i - r * kStride;
+          if (down < 0 || down >= kKernel) continue;
+#pragma unroll
+          for (int across = 0; across < kKernel; across++) {
+            const float2 tap = taps[down * kKernel + across];
+#pragma unroll
+            for (int c = 0; c < kTile; c++) {
+              sum[r][c].x += seen[c * kStride + across].x * tap.x;
+              sum[r][c].y += seen[c * kStride + across].y * tap.y;
+            }
+          }
+        }
+      }
+      with_activation(p.activation, [&](auto constant) {
+        constexpr Activation kActivation = decltype(constant){}();
+#pragma unroll
+        for (int r = 0; r < kTile; r++) {
+#pragma unroll
+          for (int c = 0; c < kTile; c++) {
+            sum[r][c].x = activate_as<T, kActivation>(sum[r][c].x * scale.x + bias.x);
+            sum[r][c].y = activate_as<T, kActivation>(sum[r][c].y * scale.y + bias.y);
+          }
+        }
+      });
+      if (e >= p.expanded) continue;
+#pragma unroll
+      for (int r = 0; r < kTile; r++) {
+#pragma unroll
+        for (int c = 0; c < kTile; c++) {
+          if (y + r >= outputs_down || x + c >= outputs_across) continue;
+          T* const to = output + ((first_y + y + r) * p.output_width + first_x + x + c) * p.expanded;
+          if (p.aligned_output) {
+            store2(to, sum[r][c]);
+          } else {
+            to[0] = from_float<T>(sum[r][c].x);
+            if (e + 1 < p.expanded) to[1] = from_float<T>(sum[r][c].y);
+          }
+          total.x += sum[r][c].x;
+          total.y += sum[r][c].y;
+        }
+      }
+    }
+    if (p.partials != nullptr) store2(totals + thread / kPairs * kChannels + pair, total);
+  }
+  if (p.partials == nullptr) return;
+  __syncthreads();
+  store_totals(group + (chunks - 1 - group) / p.groups * p.groups);
+}
+
+template <class T, int kKernel, int kStride>
+void run(const Fused<T>& p, int64_t blocks, Stream stream) {
+  launch(expand_depthwise_kernel<T, kKernel, kStride>, dim3(static_cast<unsigned>(blocks)),
+         kThreads, layout_of<T, kKernel, kStride>(p).end, stream, p);
+}
+
+template <class T>
+void run(const ExpandDepthwiseCuda& args) {
+  Fused<T> p{};
+  p.output = static_cast<T*>(args.output);
+  p.partials = args.partials;
+  p.input = static_cast<const T*>(args.input);
+  p.expand_weight = static_cast<const T*>(args.expand_weight);
+  p.taps = static_cast<const T*>(args.taps);
+  p.vectors[0] = args.expand_scale;
+  p.vectors[1] = args.expand_bias;
+  p.vectors[2] = args.scale;
+  p.vectors[3] = args.bias;
+  p.height = static_cast<int>(args.in.height);
+  p.width = static_cast<int>(args.in.width);
+  p.channels = static_cast<int>(args.in.channels);
+  p.expanded = static_cast<int>(args.expanded);
+  p.output_height = static_cast<int>(args.output_height);
+  p.output_width = static_cast<int>(args.output_width);
+  p.top = static_cast<int>(args.geometry.top);
+  p.left = static_cast<int>(args.geometry.left);
+  p.tile_height = static_cast<int>(args.tile_height);
+  p.tile_width = static_cast<int>(args.tile_width);
+  p.tiles_down = static_cast<int>(ceil_div(args.output_height, args.tile_height));
+  p.tiles_across = static_cast<int>(ceil_div(args.output_width, args.tile_width));
+  p.groups = static_cast<int>(args.groups);
+  p.aligned_input = p.channels % kVector<T> == 0 && is_aligned(p.input) &&
+                    is_aligned(p.expand_weight);
+  p.aligned_taps = p.expanded % kVector<T> == 0 && is_aligned(p.taps);
+  p.aligned_vectors = p.expanded % 4 == 0;
+  for (const float* vector : p.vectors) p.aligned_vectors &= is_aligned(vector);
+  p.aligned_output = p.expanded % 2 == 0 && is_aligned(p.output);
+  p.activation = args.activation;
+  const int64_t blocks = args.in.count * p.tiles_down * p.tiles_across * args.groups;
+  if (blocks > INT_MAX) throw std::invalid_argument("mbconv: too many images");
+  const bool wide = args.geometry.kernel_h == 5, sparse = args.geometry.stride_h == 2;
+  if (wide) {
+    sparse ? run<T, 5, 2>(p, blocks, args.stream) : run<T, 5, 1>(p, blocks, args.stream);
+  } else {
+    sparse ? run<T, 3, 2>(p, blocks, args.stream) : run<T, 3, 1>(p, blocks, args.stream);
+  }
+}
+
+void check(const ExpandDepthwiseCuda& args) {
+  const Geometry& g = args.geometry;
+  if (g.kernel_h != g.kernel_w || (g.kernel_h != 3 && g.kernel_h != 5) ||
+      g.stride_h != g.stride_w || g.stride_h > 2 || g.dilation_h != 1 || g.dilation_w != 1) {
+    throw std::invalid_argument("mbconv: kernels of 3x3 and 5x5, strides 1 and 2, no dilation");
+  }
+  const int64_t in = args.in.size(), out = args.output_height * args.output_width * args.expanded;
+  if (in > INT_MAX || out > INT_MAX || args.expanded * args.in.channels > INT_MAX) {
+    throw std::invalid_argument("mbconv: an image is too large");
+  }
+  if (args.tile_height < 1 || args.tile_width < 1 || args.groups < 1 ||
+      args.tile_height > 256 || args.tile_width > 256 ||
+      args.groups > ceil_div(args.expanded, kChannels)) {
+    throw std::invalid_argument("mbconv: bad tiles");
+  }
+}
+
+}  // namespace
+
+void expand_depthwise_cuda(const ExpandDepthwiseCuda& args) {
+  check(args);
+  if (args.in.count == 0) return;
+  with_dtype(args.dtype, [&](auto value) { run<decltype(value)>(args); });
+}
+
+}  // namespace effkernels
