@@ -4,12 +4,13 @@
 // images) and allocated the outputs. With EFFKERNELS_EMULATED the same ops take CPU tensors, and
 // the kernels run on an emulated GPU: so this file is tested, too.
 #define EFFKERNELS_CUDA
+#include "mbconv/cuda.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <vector>
 
 #include "bindings/arguments.h"
-#include "mbconv/cuda.h"
 #include "pointwise_conv/cuda.h"
 #include "silu/cuda.h"
 
@@ -110,8 +111,7 @@ void expand_depthwise(Tensor output, OptionalTensor partials, Tensor input, Tens
   args.tile_width = config[1];
   args.groups = config[2];
   const int64_t pixels = args.output_height * args.output_width;
-  args.output =
-      writable("output", output, args.dtype, args.in.count * pixels * args.expanded);
+  args.output = writable("output", output, args.dtype, args.in.count * pixels * args.expanded);
   if (partials) {
     const int64_t tiles = ceil_div(args.output_height, args.tile_height) *
                           ceil_div(args.output_width, args.tile_width);
@@ -119,8 +119,8 @@ void expand_depthwise(Tensor output, OptionalTensor partials, Tensor input, Tens
         writable("partials", *partials, DType::f32, args.in.count * tiles * args.expanded));
   }
   args.input = input.const_data_ptr();
-  args.expand_weight = values_of("expand_weight", expand_weight, args.dtype,
-                                 args.expanded * args.in.channels);
+  args.expand_weight =
+      values_of("expand_weight", expand_weight, args.dtype, args.expanded * args.in.channels);
   args.expand_scale = floats("expand_scale", expand_scale, args.expanded);
   args.expand_bias = floats("expand_bias", expand_bias, args.expanded);
   const Geometry& g = args.geometry;

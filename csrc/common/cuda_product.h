@@ -11,8 +11,8 @@
 
 namespace effkernels {
 
-constexpr int kChunk = 16;                // bytes
-constexpr int kStepBytes = 2 * kChunk;    // of a row that one step of a product takes
+constexpr int kChunk = 16;              // bytes
+constexpr int kStepBytes = 2 * kChunk;  // of a row that one step of a product takes
 template <class T>
 constexpr int kStepValues = kStepBytes / static_cast<int>(sizeof(T));
 

@@ -8,11 +8,44 @@ namespace effkernels {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int kChannels = 32;              // expanded at a time
-constexpr int kPairs = kChannels / 2;      // a thread convolves two channels
+constexpr int kChannels = 32;          // expanded at a time
+constexpr int kPairs = kChannels / 2;  // a thread convolves two channels
 constexpr int kStrips = kThreads / kPairs;
-constexpr int kTile = 4;                   // x kTile outputs of a thread
-constexpr int kVectors = 4;                // scale and bias of both convolutions
+constexpr int kTile = 4;     // x kTile outputs of a thread
+constexpr int kVectors = 4;  // scale and bias of both convolutions
+
+constexpr int up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// Shared memory of a block. First what has a fixed size, in bytes from the beginning; twice, but
+// for the totals, for this chunk of channels and the next.
+template <class T, int kKernel>
+struct Fixed {
+  static constexpr int kTapRow = kChannels * static_cast<int>(sizeof(T));
+  static constexpr int kTaps = 0, kTapBytes = kKernel * kKernel * kTapRow;
+  static constexpr int kVector = kTaps + 2 * kTapBytes, kVectorBytes = kVectors * kChannels * 4;
+  static constexpr int kTotals = kVector + 2 * kVectorBytes;  // [kStrips][kChannels]
+  static constexpr int kTile = kTotals + kStrips * kChannels * 4;
+  static constexpr int kWeights = kTile + 32;
+};
+
+// What the convolution needs to know of a tile. In shared memory it takes no registers while the
+// expansion runs.
+template <class T>
+struct Tile {
+  T* output;         // of the first pixel
+  float* partials;   // of the tile
+  int down, across;  // outputs
+};
+
+template <class T>
+constexpr int kPixel = kChannels * static_cast<int>(sizeof(T)) + kChunk;  // bytes, expanded
+
+// Then the weights, twice [kChannels] rows; the expanded pixels around the tile, those beyond the
+// image included; the pixels of the input that make them; and where each of those is expanded.
+struct Layout {
+  int row;  // bytes of weights, or of a pixel of the input
+  int seen_width, expanded, input, positions, end;
+};
 
 template <class T>
 struct Fused {
@@ -24,6 +57,9 @@ struct Fused {
   const float* vectors[kVectors];
   int height, width, channels, expanded, output_height, output_width, top, left;
   int tile_height, tile_width, tiles_down, tiles_across, groups;
+  int chunks;      // of expanded channels
+  int row_chunks;  // of 16 bytes, of a pixel of the input
+  Layout shared;
   bool aligned_input;    // rows of input and expand_weight are whole chunks
   bool aligned_taps;     // those of taps are
   bool aligned_vectors;  // and those of the floats
@@ -31,49 +67,20 @@ struct Fused {
   Activation activation;
 };
 
-// Shared memory of a block, in bytes from its beginning.
-struct Layout {
-  int seen_height, seen_width;  // expanded pixels around a tile, those beyond the image included
-  int pixels;                   // of the input, at most
-  int row;                      // bytes of a pixel of the input, or of a row of weights
-  int input, weights, taps, vectors, positions, totals, end;
-};
-
-template <class T>
-constexpr int kPixel = kChannels * static_cast<int>(sizeof(T)) + kChunk;  // bytes, expanded
-
-__host__ __device__ constexpr int up(int value, int multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
+// Blocks on a processor, by registers: with the exponential of float16 and the split operands of
+// float32 three would spill.
+template <class T, int kKernel>
+constexpr int kResident = kKernel == 3 && std::is_same_v<T, bf16> ? 3 : 2;
 
 template <class T, int kKernel, int kStride>
-__host__ __device__ inline Layout layout_of(const Fused<T>& p) {
-  Layout s{};
-  s.seen_height = (up(p.tile_height, kTile) - 1) * kStride + kKernel;
-  s.seen_width = (up(p.tile_width, kTile) - 1) * kStride + kKernel;
-  const int height = (p.tile_height - 1) * kStride + kKernel;
-  const int width = (p.tile_width - 1) * kStride + kKernel;
-  s.pixels = (height < p.height ? height : p.height) * (width < p.width ? width : p.width);
-  // an odd number of chunks, so that those of eight rows lie in different banks
-  s.row = up(p.channels * static_cast<int>(sizeof(T)), kStepBytes) + kChunk;
-  s.input = s.seen_height * s.seen_width * kPixel<T>;
-  s.weights = s.input + s.pixels * s.row;
-  s.taps = s.weights + 2 * kChannels * s.row;
-  s.vectors = s.taps + 2 * kKernel * kKernel * kChannels * static_cast<int>(sizeof(T));
-  s.positions = s.vectors + 2 * kVectors * kChannels * 4;
-  s.totals = s.positions + up(s.pixels * 4, kChunk);
-  s.end = s.totals + (p.partials == nullptr ? 0 : kStrips * kChannels * 4);
-  return s;
-}
-
-template <class T, int kKernel, int kStride>
-__global__ void __launch_bounds__(kThreads, 2) expand_depthwise_kernel(Fused<T> p) {
+__global__ void __launch_bounds__(kThreads, kResident<T, kKernel>)
+    expand_depthwise_kernel(Fused<T> p) {
   constexpr int kSpan = (kTile - 1) * kStride + kKernel;  // rows and columns that a thread sees
-  constexpr int kTapRow = kChannels * static_cast<int>(sizeof(T));
-  const Layout s = layout_of<T, kKernel, kStride>(p);
+  using At = Fixed<T, kKernel>;
+  const Layout& s = p.shared;
   unsigned char* const shared = dynamic_shared();
   int* const positions = reinterpret_cast<int*>(shared + s.positions);
-  float* const totals = reinterpret_cast<float*>(shared + s.totals);
+  float* const totals = reinterpret_cast<float*>(shared + At::kTotals);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
   const int group = static_cast<int>(blockIdx.x % p.groups);
   const int tiles = p.tiles_down * p.tiles_across;
@@ -81,64 +88,71 @@ __global__ void __launch_bounds__(kThreads, 2) expand_depthwise_kernel(Fused<T> 
   const int64_t image = blockIdx.x / p.groups / tiles;
   const int first_y = tile / p.tiles_across * p.tile_height;
   const int first_x = tile % p.tiles_across * p.tile_width;
-  const int outputs_down = p.output_height - first_y < p.tile_height
-                               ? p.output_height - first_y
-                               : p.tile_height;
-  const int outputs_across =
-      p.output_width - first_x < p.tile_width ? p.output_width - first_x : p.tile_width;
+  const int left_down = p.output_height - first_y, left_across = p.output_width - first_x;
+  const int down = left_down < p.tile_height ? left_down : p.tile_height;
+  const int across = left_across < p.tile_width ? left_across : p.tile_width;
+  Tile<T>* const place = reinterpret_cast<Tile<T>*>(shared + At::kTile);
+  if (thread == 0) {
+    place->output =
+        p.output + ((image * p.output_height + first_y) * p.output_width + first_x) * p.expanded;
+    place->partials = p.partials + (image * tiles + tile) * p.expanded;
+    place->down = down;
+    place->across = across;
+  }
 
   // The pixels that the windows see: a rectangle, and what of it is inside the image.
   const int corner_y = first_y * kStride - p.top, corner_x = first_x * kStride - p.left;
   const int begin_y = corner_y > 0 ? corner_y : 0, begin_x = corner_x > 0 ? corner_x : 0;
-  const int seen_end_y = corner_y + (outputs_down - 1) * kStride + kKernel;
-  const int seen_end_x = corner_x + (outputs_across - 1) * kStride + kKernel;
+  const int seen_end_y = corner_y + (down - 1) * kStride + kKernel;
+  const int seen_end_x = corner_x + (across - 1) * kStride + kKernel;
   const int end_y = seen_end_y < p.height ? seen_end_y : p.height;
   const int end_x = seen_end_x < p.width ? seen_end_x : p.width;
   const int inside_width = end_x > begin_x ? end_x - begin_x : 0;
   const int inside = end_y > begin_y ? (end_y - begin_y) * inside_width : 0;
 
   const T* const input = p.input + image * p.height * p.width * p.channels;
-  const int row_chunks = (s.row - kChunk) / kChunk;
+#pragma unroll 1
   for (int pixel = thread / 8; pixel < inside; pixel += kThreads / 8) {
     const int y = begin_y + pixel / inside_width, x = begin_x + pixel % inside_width;
     if (thread % 8 == 0) {
-      positions[pixel] = ((y - corner_y) * s.seen_width + x - corner_x) * kPixel<T>;
+      positions[pixel] = s.expanded + ((y - corner_y) * s.seen_width + x - corner_x) * kPixel<T>;
     }
     const T* const row = input + (y * p.width + x) * p.channels;
-    for (int c = thread % 8; c < row_chunks; c += 8) {
+#pragma unroll 1
+    for (int c = thread % 8; c < p.row_chunks; c += 8) {
       copy_chunk(shared + s.input + pixel * s.row + c * kChunk, row, c * kVector<T>, p.channels,
                  true, p.aligned_input);
     }
   }
   // Around the image the expanded tensor is zero, for all channels.
-  for (int at = thread * kChunk; at < s.input; at += kThreads * kChunk) {
+  for (int at = s.expanded + thread * kChunk; at < s.input; at += kThreads * kChunk) {
     store_words(shared + at, Words{});
   }
 
-  const int chunks = (p.expanded + kChannels - 1) / kChannels;
   // Weights, taps and vectors of a chunk of channels.
   const auto fetch = [&](int chunk) {
     const int first = chunk * kChannels, buffer = chunk / p.groups % 2;
     {
       const int row = thread / 8, e = first + row;
-      unsigned char* const to = shared + s.weights + (buffer * kChannels + row) * s.row;
+      unsigned char* const to = shared + At::kWeights + (buffer * kChannels + row) * s.row;
       const bool exists = e < p.expanded;
-      for (int c = thread % 8; c < row_chunks; c += 8) {
-        copy_chunk(to + c * kChunk, p.expand_weight + (exists ? e * p.channels : 0),
-                   c * kVector<T>, p.channels, exists, p.aligned_input);
+#pragma unroll 1
+      for (int c = thread % 8; c < p.row_chunks; c += 8) {
+        copy_chunk(to + c * kChunk, p.expand_weight + (exists ? e * p.channels : 0), c * kVector<T>,
+                   p.channels, exists, p.aligned_input);
       }
     }
-    constexpr int kTapChunks = kTapRow / kChunk;
+    constexpr int kTapChunks = At::kTapRow / kChunk;
+#pragma unroll 1
     for (int at = thread; at < kKernel * kKernel * kTapChunks; at += kThreads) {
       const int tap = at / kTapChunks, c = at % kTapChunks;
-      copy_chunk(shared + s.taps + (buffer * kKernel * kKernel + tap) * kTapRow + c * kChunk,
+      copy_chunk(shared + At::kTaps + buffer * At::kTapBytes + at * kChunk,
                  p.taps + tap * p.expanded, first + c * kVector<T>, p.expanded, true,
                  p.aligned_taps);
     }
     if (thread < kVectors * kChannels / 4) {
       const int vector = thread / 8, c = thread % 8;
-      unsigned char* const to =
-          shared + s.vectors + (buffer * kVectors + vector) * kChannels * 4 + c * kChunk;
+      unsigned char* const to = shared + At::kVector + buffer * At::kVectorBytes + thread * kChunk;
       const float* const from = vector == 0   ? p.vectors[0]
                                 : vector == 1 ? p.vectors[1]
                                 : vector == 2 ? p.vectors[2]
@@ -158,37 +172,37 @@ __global__ void __launch_bounds__(kThreads, 2) expand_depthwise_kernel(Fused<T> 
     float total = 0.0f;
 #pragma unroll
     for (int strip = 0; strip < kStrips; strip++) total += totals[strip * kChannels + thread];
-    p.partials[(image * tiles + tile) * p.expanded + e] = total;
+    place->partials[e] = total;
   };
 
   fetch(group);
   commit_copies();
   int buffer = 0;
-  for (int chunk = group; chunk < chunks; chunk += p.groups, buffer ^= 1) {
+  for (int chunk = group; chunk < p.chunks; chunk += p.groups, buffer ^= 1) {
     wait_copies<0>();
     __syncthreads();  // this chunk's weights are there; the last one's convolution is over
     if (p.partials != nullptr && chunk != group) store_totals(chunk - p.groups);
-    if (chunk + p.groups < chunks) fetch(chunk + p.groups);
+    if (chunk + p.groups < p.chunks) fetch(chunk + p.groups);
     commit_copies();
-    const unsigned char* const vectors =
-        shared + s.vectors + buffer * kVectors * kChannels * 4;
+    const unsigned char* const vectors = shared + At::kVector + buffer * At::kVectorBytes;
 
     // The expansion: warps take 16 pixels at a time, two times at once.
-    const unsigned char* const weights =
-        shared + s.weights + buffer * kChannels * s.row + (lane % 8 + lane / 16 * 8) * s.row +
-        lane / 8 % 2 * kChunk;
+    const unsigned char* const weights = shared + At::kWeights + buffer * kChannels * s.row +
+                                         (lane % 8 + lane / 16 * 8) * s.row + lane / 8 % 2 * kChunk;
     const int pixel_tiles = (inside + 15) / 16;
+#pragma unroll 1
     for (int first = warp; first < pixel_tiles; first += 2 * kWarps) {
       const bool two = first + kWarps < pixel_tiles;
       const unsigned char* from[2];
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         const int pixel = (first + i * kWarps) * 16 + lane % 16;
-        from[i] = shared + s.input + (pixel < inside ? pixel : inside - 1) * s.row +
-                  lane / 16 * kChunk;
+        from[i] =
+            shared + s.input + (pixel < inside ? pixel : inside - 1) * s.row + lane / 16 * kChunk;
       }
       float sum[2][4][4] = {};
-      for (int step = 0; step < row_chunks / 2; step++) {
+#pragma unroll 1
+      for (int step = 0; step < p.row_chunks / 2; step++) {
         uint32_t left[4], right[2][4];
 #pragma unroll
         for (int j = 0; j < 2; j++) {
@@ -251,24 +265,23 @@ __global__ void __launch_bounds__(kThreads, 2) expand_depthwise_kernel(Fused<T> 
 
     // The convolution: a thread has two channels of 4 x 4 outputs.
     const int pair = thread % kPairs * 2, e = chunk * kChannels + pair;
-    float2 taps[kKernel * kKernel];
-#pragma unroll
-    for (int t = 0; t < kKernel * kKernel; t++) {
-      taps[t] = load2(reinterpret_cast<const T*>(
-                          shared + s.taps + (buffer * kKernel * kKernel + t) * kTapRow) +
-                      pair);
-    }
-    const float2 scale = load2(reinterpret_cast<const float*>(vectors) + 2 * kChannels + pair);
-    const float2 bias = load2(reinterpret_cast<const float*>(vectors) + 3 * kChannels + pair);
-    T* const output =
-        p.output + image * p.output_height * p.output_width * p.expanded + e;
-    const int strips_across = (outputs_across + kTile - 1) / kTile;
-    const int strips = (outputs_down + kTile - 1) / kTile * strips_across;
+    const Tile<T> outputs = *place;
+    const int strips_across = (outputs.across + kTile - 1) / kTile;
+    const int strips = (outputs.down + kTile - 1) / kTile * strips_across;
     float2 total = {0.0f, 0.0f};
+#pragma unroll 1
     for (int strip = thread / kPairs; strip < strips; strip += kStrips) {
       const int y = strip / strips_across * kTile, x = strip % strips_across * kTile;
-      const unsigned char* const corner =
-          shared + (y * s.seen_width + x) * kStride * kPixel<T> + pair * sizeof(T);
+      const unsigned char* const corner = shared + s.expanded +
+                                          (y * s.seen_width + x) * kStride * kPixel<T> +
+                                          pair * static_cast<int>(sizeof(T));
+      float2 taps[kKernel * kKernel];
+#pragma unroll
+      for (int t = 0; t < kKernel * kKernel; t++) {
+        taps[t] = load2(reinterpret_cast<const T*>(shared + At::kTaps + buffer * At::kTapBytes +
+                                                   t * At::kTapRow) +
+                        pair);
+      }
       float2 sum[kTile][kTile];
 #pragma unroll
       for (int r = 0; r < kTile; r++) {
@@ -280,24 +293,25 @@ __global__ void __launch_bounds__(kThreads, 2) expand_depthwise_kernel(Fused<T> 
         float2 seen[kSpan];
 #pragma unroll
         for (int j = 0; j < kSpan; j++) {
-          seen[j] = load2(
-              reinterpret_cast<const T*>(corner + (i * s.seen_width + j) * kPixel<T>));
+          seen[j] = load2(reinterpret_cast<const T*>(corner + (i * s.seen_width + j) * kPixel<T>));
         }
 #pragma unroll
         for (int r = 0; r < kTile; r++) {
-          const int down = i - r * kStride;
-          if (down < 0 || down >= kKernel) continue;
+          const int tap_row = i - r * kStride;
+          if (tap_row < 0 || tap_row >= kKernel) continue;
 #pragma unroll
-          for (int across = 0; across < kKernel; across++) {
-            const float2 tap = taps[down * kKernel + across];
+          for (int j = 0; j < kKernel; j++) {
+            const float2 tap = taps[tap_row * kKernel + j];
 #pragma unroll
             for (int c = 0; c < kTile; c++) {
-              sum[r][c].x += seen[c * kStride + across].x * tap.x;
-              sum[r][c].y += seen[c * kStride + across].y * tap.y;
+              sum[r][c].x += seen[c * kStride + j].x * tap.x;
+              sum[r][c].y += seen[c * kStride + j].y * tap.y;
             }
           }
         }
       }
+      const float2 scale = load2(reinterpret_cast<const float*>(vectors) + 2 * kChannels + pair);
+      const float2 bias = load2(reinterpret_cast<const float*>(vectors) + 3 * kChannels + pair);
       with_activation(p.activation, [&](auto constant) {
         constexpr Activation kActivation = decltype(constant){}();
 #pragma unroll
@@ -314,8 +328,8 @@ __global__ void __launch_bounds__(kThreads, 2) expand_depthwise_kernel(Fused<T> 
       for (int r = 0; r < kTile; r++) {
 #pragma unroll
         for (int c = 0; c < kTile; c++) {
-          if (y + r >= outputs_down || x + c >= outputs_across) continue;
-          T* const to = output + ((first_y + y + r) * p.output_width + first_x + x + c) * p.expanded;
+          if (y + r >= outputs.down || x + c >= outputs.across) continue;
+          T* const to = outputs.output + ((y + r) * p.output_width + x + c) * p.expanded + e;
           if (p.aligned_output) {
             store2(to, sum[r][c]);
           } else {
@@ -331,13 +345,32 @@ __global__ void __launch_bounds__(kThreads, 2) expand_depthwise_kernel(Fused<T> 
   }
   if (p.partials == nullptr) return;
   __syncthreads();
-  store_totals(group + (chunks - 1 - group) / p.groups * p.groups);
+  store_totals(group + (p.chunks - 1 - group) / p.groups * p.groups);
 }
 
 template <class T, int kKernel, int kStride>
-void run(const Fused<T>& p, int64_t blocks, Stream stream) {
+Layout layout_of(const Fused<T>& p) {
+  Layout s{};
+  s.seen_width = (up(p.tile_width, kTile) - 1) * kStride + kKernel;
+  const int seen_height = (up(p.tile_height, kTile) - 1) * kStride + kKernel;
+  const int height = (p.tile_height - 1) * kStride + kKernel;
+  const int width = (p.tile_width - 1) * kStride + kKernel;
+  const int pixels = (height < p.height ? height : p.height) * (width < p.width ? width : p.width);
+  // an odd number of chunks, so that those of eight rows lie in different banks
+  s.row = up(p.channels * static_cast<int>(sizeof(T)), kStepBytes) + kChunk;
+  s.expanded = Fixed<T, kKernel>::kWeights + 2 * kChannels * s.row;
+  s.input = s.expanded + seen_height * s.seen_width * kPixel<T>;
+  s.positions = s.input + pixels * s.row;
+  s.end = s.positions + up(pixels * 4, kChunk);
+  return s;
+}
+
+template <class T, int kKernel, int kStride>
+void run(Fused<T> p, int64_t blocks, Stream stream) {
+  p.shared = layout_of<T, kKernel, kStride>(p);
+  p.row_chunks = (p.shared.row - kChunk) / kChunk;
   launch(expand_depthwise_kernel<T, kKernel, kStride>, dim3(static_cast<unsigned>(blocks)),
-         kThreads, layout_of<T, kKernel, kStride>(p).end, stream, p);
+         kThreads, p.shared.end, stream, p);
 }
 
 template <class T>
@@ -365,8 +398,9 @@ void run(const ExpandDepthwiseCuda& args) {
   p.tiles_down = static_cast<int>(ceil_div(args.output_height, args.tile_height));
   p.tiles_across = static_cast<int>(ceil_div(args.output_width, args.tile_width));
   p.groups = static_cast<int>(args.groups);
-  p.aligned_input = p.channels % kVector<T> == 0 && is_aligned(p.input) &&
-                    is_aligned(p.expand_weight);
+  p.chunks = static_cast<int>(ceil_div(args.expanded, kChannels));
+  p.aligned_input =
+      p.channels % kVector<T> == 0 && is_aligned(p.input) && is_aligned(p.expand_weight);
   p.aligned_taps = p.expanded % kVector<T> == 0 && is_aligned(p.taps);
   p.aligned_vectors = p.expanded % 4 == 0;
   for (const float* vector : p.vectors) p.aligned_vectors &= is_aligned(vector);
@@ -392,9 +426,8 @@ void check(const ExpandDepthwiseCuda& args) {
   if (in > INT_MAX || out > INT_MAX || args.expanded * args.in.channels > INT_MAX) {
     throw std::invalid_argument("mbconv: an image is too large");
   }
-  if (args.tile_height < 1 || args.tile_width < 1 || args.groups < 1 ||
-      args.tile_height > 256 || args.tile_width > 256 ||
-      args.groups > ceil_div(args.expanded, kChannels)) {
+  if (args.tile_height < 1 || args.tile_width < 1 || args.groups < 1 || args.tile_height > 256 ||
+      args.tile_width > 256 || args.groups > ceil_div(args.expanded, kChannels)) {
     throw std::invalid_argument("mbconv: bad tiles");
   }
 }

@@ -25,9 +25,9 @@ struct Product {
   const T* residual;
   int64_t rows;
   int pixels, channels, outputs, places;
-  int images;            // that a tile may touch
-  bool aligned_input;    // input, weight and gate: rows of whole chunks
-  bool aligned_output;   // output and residual
+  int images;           // that a tile may touch
+  bool aligned_input;   // input, weight and gate: rows of whole chunks
+  bool aligned_output;  // output and residual
   Activation activation;
 };
 
@@ -45,8 +45,7 @@ __device__ inline int place_of(int row, int chunk) {
 
 template <class T, int kRows, int kOutputs>
 __global__ void __launch_bounds__(kRows / kWarpRows * (kOutputs / kWarpOutputs) * kWarp,
-                                  kRows == 128 ? 2 : 8)
-    product_kernel(Product<T> p) {
+                                  kRows == 128 ? 2 : 8) product_kernel(Product<T> p) {
   constexpr int kWarpsDown = kRows / kWarpRows;
   constexpr int kThreads = kWarpsDown * (kOutputs / kWarpOutputs) * kWarp;
   constexpr int kStageValues = kStageBytes / static_cast<int>(sizeof(T));
@@ -237,8 +236,8 @@ void run(Product<T> p, int64_t tiles, Stream stream) {
   p.images = static_cast<int>(min_of(kRows, ceil_div(kRows - 1, p.pixels) + 1));
   const int64_t rows = kRows + kOutputs + (p.gate == nullptr ? 0 : p.images);
   launch(product_kernel<T, kRows, kOutputs>, dim3(static_cast<unsigned>(tiles * across)),
-         kRows / kWarpRows * (kOutputs / kWarpOutputs) * kWarp, rows * kStageBytes * kStages, stream,
-         p);
+         kRows / kWarpRows * (kOutputs / kWarpOutputs) * kWarp, rows * kStageBytes * kStages,
+         stream, p);
 }
 
 template <class T>
@@ -262,8 +261,7 @@ void run(const PointwiseConvCuda& args) {
   p.places = static_cast<int>(args.places);
   p.aligned_input = p.channels % kVector<T> == 0 && is_aligned(p.input) && is_aligned(p.weight) &&
                     is_aligned(p.gate);
-  p.aligned_output =
-      p.outputs % kVector<T> == 0 && is_aligned(p.output) && is_aligned(p.residual);
+  p.aligned_output = p.outputs % kVector<T> == 0 && is_aligned(p.output) && is_aligned(p.residual);
   p.activation = args.activation;
   // Large tiles where there are two for a processor.
   const int64_t tiles = ceil_div(p.rows, 128);
@@ -276,9 +274,7 @@ void run(const PointwiseConvCuda& args) {
 
 }  // namespace
 
-int64_t pointwise_conv_cuda_places(int64_t pixels) {
-  return ceil_div(pixels - 1, kFewestRows) + 1;
-}
+int64_t pointwise_conv_cuda_places(int64_t pixels) { return ceil_div(pixels - 1, kFewestRows) + 1; }
 
 void pointwise_conv_cuda(const PointwiseConvCuda& args) {
   if (args.images * args.pixels * args.outputs == 0) return;

@@ -42,7 +42,7 @@ def can_run(*arguments: Any) -> str | None:
         return f"stride is {stride}; [1, 1] and [2, 2] are accepted"
     if list(dilation) != [1, 1]:
         return f"dilation is {dilation}; [1, 1] is accepted"
-    if _config(input, expand_weight, kernel[0], stride, padding, arguments[7] is not None) is None:
+    if _config(input, expand_weight, kernel[0], stride, padding) is None:
         _, shared = device_limits(input)
         return (
             f"{input.shape[1]} channels of a tile do not fit into the {shared // 1024} KB of "
@@ -171,7 +171,7 @@ def expand_depthwise(
     expanded = expand_weight.shape[0]
     kernels = [kernel, kernel]
     size = output_size(input.shape[2:], kernels, stride, padding, [1, 1])
-    config = _config(input, expand_weight, kernel, stride, padding, mean)
+    config = _config(input, expand_weight, kernel, stride, padding)
     assert config is not None
     output = empty_nhwc(input, expanded, *size)
     partials = None
@@ -202,7 +202,6 @@ def _config(
     kernel: int,
     stride: list[int],
     padding: list[int],
-    mean: bool,
 ) -> FusedConfig | None:
     size = output_size(input.shape[2:], [kernel, kernel], stride, padding, [1, 1])
     problem = FusedProblem(
@@ -216,7 +215,6 @@ def _config(
         kernel=kernel,
         stride=stride[0],
         itemsize=input.element_size(),
-        sums=mean,
     )
     return choose(problem, *device_limits(input))
 
