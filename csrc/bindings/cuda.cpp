@@ -46,7 +46,7 @@ class OnDevice {
 };
 
 // A tensor of `input`'s dtype, or null.
-const void* values_of(const char* name, const OptionalTensor& tensor, DType dtype, int64_t size) {
+const void* operand_of(const char* name, const OptionalTensor& tensor, DType dtype, int64_t size) {
   if (!tensor) return nullptr;
   STD_TORCH_CHECK(dtype_of(*tensor) == dtype, "effkernels_cuda: ", name, " has another dtype");
   check_size(name, *tensor, size);
@@ -76,10 +76,10 @@ void pointwise_conv(Tensor output, OptionalTensor sums, Tensor input, Tensor wei
   const int64_t size = in.count * in.pixels() * args.outputs;
   args.output = writable("output", output, args.dtype, size);
   args.input = input.const_data_ptr();
-  args.weight = values_of("weight", weight, args.dtype, args.outputs * in.channels);
+  args.weight = operand_of("weight", weight, args.dtype, args.outputs * in.channels);
   args.scale = floats("scale", scale, args.outputs);
   args.bias = floats("bias", bias, args.outputs);
-  args.gate = values_of("gate", gate, args.dtype, in.count * in.channels);
+  args.gate = operand_of("gate", gate, args.dtype, in.count * in.channels);
   args.residual = residual_of(residual, args.dtype, size);
   args.activation = activation_of(activation);
   args.places = pointwise_conv_cuda_places(args.pixels);
@@ -120,11 +120,11 @@ void expand_depthwise(Tensor output, OptionalTensor partials, Tensor input, Tens
   }
   args.input = input.const_data_ptr();
   args.expand_weight =
-      values_of("expand_weight", expand_weight, args.dtype, args.expanded * args.in.channels);
+      operand_of("expand_weight", expand_weight, args.dtype, args.expanded * args.in.channels);
   args.expand_scale = floats("expand_scale", expand_scale, args.expanded);
   args.expand_bias = floats("expand_bias", expand_bias, args.expanded);
   const Geometry& g = args.geometry;
-  args.taps = values_of("taps", taps, args.dtype, g.kernel_h * g.kernel_w * args.expanded);
+  args.taps = operand_of("taps", taps, args.dtype, g.kernel_h * g.kernel_w * args.expanded);
   args.scale = floats("scale", scale, args.expanded);
   args.bias = floats("bias", bias, args.expanded);
   args.activation = activation_of(activation);
