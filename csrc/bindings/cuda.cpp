@@ -4,15 +4,17 @@
 // images) and allocated the outputs. With EFFKERNELS_EMULATED the same ops take CPU tensors, and
 // the kernels run on an emulated GPU: so this file is tested, too.
 #define EFFKERNELS_CUDA
-#include "mbconv/cuda.h"
+#include "silu/cuda.h"
 
 #include <torch/csrc/stable/library.h>
 
 #include <vector>
 
+#include "batch_norm_act/cuda.h"
 #include "bindings/arguments.h"
+#include "mbconv/cuda.h"
 #include "pointwise_conv/cuda.h"
-#include "silu/cuda.h"
+#include "squeeze_excite/cuda.h"
 
 #if defined(EFFKERNELS_EMULATED)
 #include "common/emulation.h"
@@ -132,11 +134,166 @@ void expand_depthwise(Tensor output, OptionalTensor partials, Tensor input, Tens
   expand_depthwise_cuda(args);
 }
 
+// A vector of `dtype` or of float32.
+Values values_of(const char* name, const OptionalTensor& tensor, DType dtype, int64_t size) {
+  if (!tensor) return {};
+  const DType found = dtype_of(*tensor);
+  STD_TORCH_CHECK(found == dtype || found == DType::f32, EFFKERNELS_LIBRARY, name,
+                  " has another dtype");
+  check_size(name, *tensor, size);
+  return {tensor->const_data_ptr(), found == DType::f32};
+}
+
+GateWeights gate_weights_of(const Tensor& reduce_weight, const OptionalTensor& reduce_bias,
+                            const Tensor& expand_weight, const OptionalTensor& expand_bias,
+                            int64_t activation, int64_t gate_activation) {
+  const DType dtype = dtype_of(expand_weight);
+  const int64_t reduced = reduce_weight.size(0), channels = reduce_weight.size(1);
+  STD_TORCH_CHECK(dtype_of(reduce_weight) == dtype,
+                  EFFKERNELS_LIBRARY "reduce_weight has another dtype than expand_weight");
+  check_size("expand_weight", expand_weight, channels * reduced);
+  STD_TORCH_CHECK(squeeze_excite_fits(channels, reduced),
+                  EFFKERNELS_LIBRARY "squeeze_excite: too many channels for the shared memory");
+  return {dtype,
+          channels,
+          reduced,
+          reduce_weight.const_data_ptr(),
+          values_of("reduce_bias", reduce_bias, dtype, reduced),
+          expand_weight.const_data_ptr(),
+          values_of("expand_bias", expand_bias, dtype, channels),
+          activation_of(activation),
+          activation_of(gate_activation)};
+}
+
+bool gate_fits(Tensor input, int64_t channels, int64_t reduced) {
+  const OnDevice device(input);
+  return squeeze_excite_fits(channels, reduced);
+}
+
+void squeeze_excite_gate(Tensor gate, Tensor mean, double factor, Tensor reduce_weight,
+                         OptionalTensor reduce_bias, Tensor expand_weight,
+                         OptionalTensor expand_bias, int64_t activation, int64_t gate_activation) {
+  const OnDevice device(mean);
+  const GateWeights weights = gate_weights_of(reduce_weight, reduce_bias, expand_weight,
+                                              expand_bias, activation, gate_activation);
+  const int64_t images = mean.size(0), blocks = mean.dim() == 3 ? mean.size(1) : 1;
+  squeeze_excite_gate_cuda(
+      {weights, writable("gate", gate, weights.dtype, images * weights.channels),
+       values_of("mean", mean, weights.dtype, images * blocks * weights.channels), images, blocks,
+       factor, device.stream()});
+}
+
+// The same to be written.
+Written written_of(const char* name, const OptionalTensor& tensor, DType dtype, int64_t size) {
+  const Values values = values_of(name, tensor, dtype, size);
+  return {const_cast<void*>(values.data), values.is_float};
+}
+
+float* float_data(const OptionalTensor& tensor) {
+  return tensor ? static_cast<float*>(tensor->mutable_data_ptr()) : nullptr;
+}
+
+// Global memory for partial results; PyTorch keeps it until the stream's kernels are through.
+Tensor scratch_like(const Tensor& tensor, int64_t floats) {
+  return torch::stable::new_empty(tensor, {floats}, torch::headeronly::ScalarType::Float);
+}
+
+void batch_norm_act(Tensor output, Tensor input, OptionalTensor residual, Tensor mean, Tensor var,
+                    OptionalTensor weight, OptionalTensor bias, bool training, double eps,
+                    int64_t activation) {
+  const OnDevice device(input);
+  const DType dtype = dtype_of(input);
+  const int64_t channels = input.size(1), size = input.numel();
+  const int64_t rows = channels == 0 ? 0 : size / channels;
+  BatchNormActCuda args = {};
+  args.dtype = dtype;
+  args.output = writable("output", output, dtype, size);
+  args.input = input.const_data_ptr();
+  args.residual = residual_of(residual, dtype, size);
+  args.rows = rows;
+  args.channels = channels;
+  args.normalization = {
+      values_of("mean", mean, dtype, channels), values_of("var", var, dtype, channels),
+      values_of("weight", weight, dtype, channels), values_of("bias", bias, dtype, channels), eps};
+  args.activation = activation_of(activation);
+  args.stream = device.stream();
+  if (!training) return batch_norm_act_cuda(args, false);
+  floats("mean", mean, channels);
+  floats("var", var, channels);
+  const Tensor scratch = scratch_like(input, batch_norm_act_scratch(dtype, rows, channels));
+  args.mean = float_data(mean);
+  args.var = float_data(var);
+  args.scratch = float_data(scratch);
+  batch_norm_act_cuda(args, true);
+}
+
+void batch_norm_act_backward(OptionalTensor input_gradient, OptionalTensor residual_gradient,
+                             OptionalTensor weight_gradient, OptionalTensor bias_gradient,
+                             OptionalTensor mean_gradient, OptionalTensor var_gradient,
+                             Tensor upstream, Tensor input, OptionalTensor residual, Tensor mean,
+                             Tensor var, OptionalTensor weight, OptionalTensor bias,
+                             OptionalTensor mean_upstream, OptionalTensor var_upstream,
+                             bool training, double eps, int64_t activation) {
+  const OnDevice device(input);
+  const DType dtype = dtype_of(input);
+  const int64_t channels = input.size(1), size = input.numel();
+  const int64_t rows = channels == 0 ? 0 : size / channels;
+  const auto output = [&](const char* name, const OptionalTensor& tensor) {
+    return tensor ? writable(name, *tensor, dtype, size) : nullptr;
+  };
+  const auto parameter = [&](const char* name, const OptionalTensor& tensor) {
+    return values_of(name, tensor, dtype, channels);
+  };
+  const auto gradient = [&](const char* name, const OptionalTensor& tensor,
+                            const OptionalTensor& like) {
+    STD_TORCH_CHECK(!tensor || (like && like->scalar_type() == tensor->scalar_type()),
+                    EFFKERNELS_LIBRARY, name, " has another dtype than its parameter");
+    return written_of(name, tensor, dtype, channels);
+  };
+  const Tensor scratch =
+      scratch_like(input, batch_norm_act_backward_scratch(dtype, rows, channels));
+  batch_norm_act_backward_cuda({dtype,
+                                output("input_gradient", input_gradient),
+                                output("residual_gradient", residual_gradient),
+                                residual_of(upstream, dtype, size),
+                                input.const_data_ptr(),
+                                residual_of(residual, dtype, size),
+                                rows,
+                                channels,
+                                {parameter("mean", mean), parameter("var", var),
+                                 parameter("weight", weight), parameter("bias", bias), eps},
+                                training,
+                                gradient("weight_gradient", weight_gradient, weight),
+                                gradient("bias_gradient", bias_gradient, bias),
+                                gradient("mean_gradient", mean_gradient, mean),
+                                gradient("var_gradient", var_gradient, var),
+                                floats("mean_upstream", mean_upstream, channels),
+                                floats("var_upstream", var_upstream, channels),
+                                float_data(scratch),
+                                activation_of(activation),
+                                device.stream()});
+}
+
 }  // namespace
 }  // namespace effkernels
 
 STABLE_TORCH_LIBRARY(effkernels_cuda, m) {
   m.def("activation(Tensor(a!) output, Tensor input, Tensor? upstream, int activation) -> ()");
+  m.def(
+      "batch_norm_act(Tensor(a!) output, Tensor input, Tensor? residual, Tensor(b!) mean, "
+      "Tensor(c!) var, Tensor? weight, Tensor? bias, bool training, float eps, int activation) "
+      "-> ()");
+  m.def(
+      "batch_norm_act_backward(Tensor(a!)? input_gradient, Tensor(b!)? residual_gradient, "
+      "Tensor(c!)? weight_gradient, Tensor(d!)? bias_gradient, Tensor(e!)? mean_gradient, "
+      "Tensor(f!)? var_gradient, Tensor upstream, Tensor input, Tensor? residual, Tensor mean, "
+      "Tensor var, Tensor? weight, Tensor? bias, Tensor? mean_upstream, Tensor? var_upstream, "
+      "bool training, float eps, int activation) -> ()");
+  m.def("squeeze_excite_fits(Tensor input, int channels, int reduced) -> bool");
+  m.def(
+      "squeeze_excite_gate(Tensor(a!) gate, Tensor mean, float factor, Tensor reduce_weight, "
+      "Tensor? reduce_bias, Tensor expand_weight, Tensor? expand_bias, int activation, "
+      "int gate_activation) -> ()");
   m.def(
       "pointwise_conv(Tensor(a!) output, Tensor(b!)? sums, Tensor input, Tensor weight, "
       "Tensor? scale, Tensor? bias, Tensor? gate, Tensor? residual, int activation) -> ()");
@@ -155,6 +312,10 @@ STABLE_TORCH_LIBRARY_IMPL(effkernels_cuda, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(effkernels_cuda, CUDA, m) {
 #endif
   m.impl("activation", TORCH_BOX(&effkernels::activation));
+  m.impl("batch_norm_act", TORCH_BOX(&effkernels::batch_norm_act));
+  m.impl("batch_norm_act_backward", TORCH_BOX(&effkernels::batch_norm_act_backward));
+  m.impl("squeeze_excite_fits", TORCH_BOX(&effkernels::gate_fits));
+  m.impl("squeeze_excite_gate", TORCH_BOX(&effkernels::squeeze_excite_gate));
   m.impl("expand_depthwise", TORCH_BOX(&effkernels::expand_depthwise));
   m.impl("pointwise_conv", TORCH_BOX(&effkernels::pointwise_conv));
 }

@@ -171,6 +171,18 @@ __device__ inline void store_words(void* to, const Words& words) {
   *static_cast<uint4*>(to) = words.words;
 }
 
+// The same to global memory for certain in one access: of `store_words` the compiler may make four
+// of 4 bytes, where it sees the words apart.
+__device__ inline void store_global(void* to, const Words& words) {
+#if defined(__CUDACC__)
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words.word[0]),
+               "r"(words.word[1]), "r"(words.word[2]), "r"(words.word[3])
+               : "memory");
+#else
+  store_words(to, words);
+#endif
+}
+
 template <class T>
 __device__ inline void unpack(const Words& words, float (&values)[kVector<T>]) {
   if constexpr (sizeof(T) == 4) {
@@ -517,7 +529,7 @@ void with_dtype(DType dtype, F&& f) {
 }
 
 // Whether 16-byte accesses may begin at this pointer.
-inline bool is_aligned(const void* pointer) {
+__host__ __device__ inline bool is_aligned(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
 }
 

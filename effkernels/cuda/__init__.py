@@ -21,11 +21,13 @@ from ..build_info import why_not_built
 
 # ops -> the file here that has them; without gradient kernels: in _WITHOUT_BACKWARD
 _OPS = {
+    "batch_norm_act": "batch_norm_act",
     "mbconv": "mbconv",
     "pointwise_conv": "pointwise_conv",
     "silu": "silu",
+    "squeeze_excite_gate": "squeeze_excite",
 }
-_WITHOUT_BACKWARD: frozenset[str] = frozenset({"mbconv", "pointwise_conv"})
+_WITHOUT_BACKWARD: frozenset[str] = frozenset({"mbconv", "pointwise_conv", "squeeze_excite_gate"})
 
 # Ops whose CUDA C++ comes before Triton's in "auto".
 BEFORE_TRITON: frozenset[str] = frozenset()
@@ -128,9 +130,7 @@ def _function(module: str, name: str) -> Callable[..., Any]:
 
     @functools.cache
     def load() -> Callable[..., Any]:
-        found: Callable[..., Any] = getattr(
-            importlib.import_module(f"{__name__}.{module}"), name
-        )
+        found: Callable[..., Any] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
         return found
 
     return lambda *arguments: load()(*arguments)
