@@ -2,6 +2,7 @@
 
 #include "common/cuda.h"
 #include "common/cuda_product.h"
+#include "common/rows.h"
 #include "mbconv/cuda.h"
 
 namespace effkernels {
@@ -25,7 +26,10 @@ struct Fixed {
   static constexpr int kVector = kTaps + 2 * kTapBytes, kVectorBytes = kVectors * kChannels * 4;
   static constexpr int kTotals = kVector + 2 * kVectorBytes;  // [kStrips][kChannels]
   static constexpr int kTile = kTotals + kStrips * kChannels * 4;
-  static constexpr int kWeights = kTile + 32;
+  // A row of outputs of a warp's two strips, on its way to whole vectors: four pixels each, the
+  // second where its pixels lie in the other banks.
+  static constexpr int kRow = kTile + 32, kHalf = 4 * kTapRow + (sizeof(T) == 2 ? 64 : 0);
+  static constexpr int kWeights = kRow + kWarps * 2 * kHalf;
 };
 
 // What the convolution needs to know of a tile. In shared memory it takes no registers while the
@@ -37,8 +41,11 @@ struct Tile {
   int down, across;  // outputs
 };
 
-template <class T>
-constexpr int kPixel = kChannels * static_cast<int>(sizeof(T)) + kChunk;  // bytes, expanded
+// Bytes of an expanded pixel. Threads of 16 pairs and then 16 more, four outputs further, read one
+// each: those of 2 bytes lie in all banks.
+template <class T, int kStride>
+constexpr int kPixel =
+    kChannels * static_cast<int>(sizeof(T)) + (sizeof(T) == 2 && kStride == 2 ? 8 : 16);
 
 // Then the weights, twice [kChannels] rows; the expanded pixels around the tile, those beyond the
 // image included; the pixels of the input that make them; and where each of those is expanded.
@@ -63,7 +70,7 @@ struct Fused {
   bool aligned_input;    // rows of input and expand_weight are whole chunks
   bool aligned_taps;     // those of taps are
   bool aligned_vectors;  // and those of the floats
-  bool aligned_output;   // pairs of channels are
+  bool aligned_output;   // and those of output
   Activation activation;
 };
 
@@ -115,7 +122,8 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kKernel>)
   for (int pixel = thread / 8; pixel < inside; pixel += kThreads / 8) {
     const int y = begin_y + pixel / inside_width, x = begin_x + pixel % inside_width;
     if (thread % 8 == 0) {
-      positions[pixel] = s.expanded + ((y - corner_y) * s.seen_width + x - corner_x) * kPixel<T>;
+      positions[pixel] =
+          s.expanded + ((y - corner_y) * s.seen_width + x - corner_x) * kPixel<T, kStride>;
     }
     const T* const row = input + (y * p.width + x) * p.channels;
 #pragma unroll 1
@@ -264,16 +272,19 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kKernel>)
     __syncthreads();  // the expanded tile is there
 
     // The convolution: a thread has two channels of 4 x 4 outputs.
-    const int pair = thread % kPairs * 2, e = chunk * kChannels + pair;
+    const int pair = thread % kPairs * 2;
     const Tile<T> outputs = *place;
     const int strips_across = (outputs.across + kTile - 1) / kTile;
     const int strips = (outputs.down + kTile - 1) / kTile * strips_across;
     float2 total = {0.0f, 0.0f};
 #pragma unroll 1
-    for (int strip = thread / kPairs; strip < strips; strip += kStrips) {
+    for (int first = 2 * warp; first < strips; first += kStrips) {
+      const int own = first + lane / kPairs;  // there may be none for the second half of a warp
+      const int strip = own < strips ? own : first;
       const int y = strip / strips_across * kTile, x = strip % strips_across * kTile;
+      const int rows = own < strips ? outputs.down - y : 0, columns = outputs.across - x;
       const unsigned char* const corner = shared + s.expanded +
-                                          (y * s.seen_width + x) * kStride * kPixel<T> +
+                                          (y * s.seen_width + x) * kStride * kPixel<T, kStride> +
                                           pair * static_cast<int>(sizeof(T));
       float2 taps[kKernel * kKernel];
 #pragma unroll
@@ -293,7 +304,8 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kKernel>)
         float2 seen[kSpan];
 #pragma unroll
         for (int j = 0; j < kSpan; j++) {
-          seen[j] = load2(reinterpret_cast<const T*>(corner + (i * s.seen_width + j) * kPixel<T>));
+          seen[j] = load2(
+              reinterpret_cast<const T*>(corner + (i * s.seen_width + j) * kPixel<T, kStride>));
         }
 #pragma unroll
         for (int r = 0; r < kTile; r++) {
@@ -323,22 +335,36 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kKernel>)
           }
         }
       });
-      if (e >= p.expanded) continue;
+      if (p.partials != nullptr) {
+#pragma unroll
+        for (int r = 0; r < kTile; r++) {
+#pragma unroll
+          for (int c = 0; c < kTile; c++) {
+            const bool exists = r < rows && c < columns;
+            total.x += exists ? sum[r][c].x : 0.0f;
+            total.y += exists ? sum[r][c].y : 0.0f;
+          }
+        }
+      }
+      // A lane stores vectors of its half's pixels, a row of outputs at a time.
+      unsigned char* const half =
+          shared + At::kRow + warp * 2 * At::kHalf + lane / kPairs * At::kHalf;
+      constexpr int kAcross = kChannels / kVector<T>;  // vectors of a pixel
 #pragma unroll
       for (int r = 0; r < kTile; r++) {
 #pragma unroll
         for (int c = 0; c < kTile; c++) {
-          if (y + r >= outputs.down || x + c >= outputs.across) continue;
-          T* const to = outputs.output + ((y + r) * p.output_width + x + c) * p.expanded + e;
-          if (p.aligned_output) {
-            store2(to, sum[r][c]);
-          } else {
-            to[0] = from_float<T>(sum[r][c].x);
-            if (e + 1 < p.expanded) to[1] = from_float<T>(sum[r][c].y);
-          }
-          total.x += sum[r][c].x;
-          total.y += sum[r][c].y;
+          store2(reinterpret_cast<T*>(half + c * At::kTapRow) + pair, sum[r][c]);
         }
+        __syncwarp();
+#pragma unroll
+        for (int at = lane % kPairs; at < kTile * kAcross; at += kPairs) {
+          const int c = at / kAcross, e = chunk * kChannels + at % kAcross * kVector<T>;
+          if (r >= rows || c >= columns || e >= p.expanded) continue;
+          store_first(outputs.output + ((y + r) * p.output_width + x + c) * p.expanded + e,
+                      p.expanded - e, p.aligned_output, load_words(half + at * kChunk));
+        }
+        __syncwarp();
       }
     }
     if (p.partials != nullptr) store2(totals + thread / kPairs * kChannels + pair, total);
@@ -359,7 +385,7 @@ Layout layout_of(const Fused<T>& p) {
   // an odd number of chunks, so that those of eight rows lie in different banks
   s.row = up(p.channels * static_cast<int>(sizeof(T)), kStepBytes) + kChunk;
   s.expanded = Fixed<T, kKernel>::kWeights + 2 * kChannels * s.row;
-  s.input = s.expanded + seen_height * s.seen_width * kPixel<T>;
+  s.input = s.expanded + up(seen_height * s.seen_width * kPixel<T, kStride>, kChunk);
   s.positions = s.input + pixels * s.row;
   s.end = s.positions + up(pixels * 4, kChunk);
   return s;
@@ -404,7 +430,7 @@ void run(const ExpandDepthwiseCuda& args) {
   p.aligned_taps = p.expanded % kVector<T> == 0 && is_aligned(p.taps);
   p.aligned_vectors = p.expanded % 4 == 0;
   for (const float* vector : p.vectors) p.aligned_vectors &= is_aligned(vector);
-  p.aligned_output = p.expanded % 2 == 0 && is_aligned(p.output);
+  p.aligned_output = p.expanded % kVector<T> == 0 && is_aligned(p.output);
   p.activation = args.activation;
   const int64_t blocks = args.in.count * p.tiles_down * p.tiles_across * args.groups;
   if (blocks > INT_MAX) throw std::invalid_argument("mbconv: too many images");

@@ -48,14 +48,17 @@ def shared_memory(problem: FusedProblem, tile_height: int, tile_width: int) -> i
     """Bytes that a block needs: csrc/mbconv/cuda.cu `layout_of`."""
     kernel, itemsize = problem.kernel, problem.itemsize
     seen = _seen(problem, _up(tile_height, _TILE)) * _seen(problem, _up(tile_width, _TILE))
+    pixel = _CHANNELS * itemsize + (8 if itemsize == 2 and problem.stride == 2 else 16)
+    half = _TILE * _CHANNELS * itemsize + (64 if itemsize == 2 else 0)
     row = _up(problem.channels * itemsize, 2 * _CHUNK) + _CHUNK
     pixels = _pixels(problem, tile_height, tile_width)
     return (
-        seen * (_CHANNELS * itemsize + _CHUNK)
+        _up(seen * pixel, _CHUNK)
         + pixels * row
         + 2 * _CHANNELS * (row + kernel * kernel * itemsize + 4 * 4)
         + 4 * _STRIPS * _CHANNELS
         + 2 * _CHUNK
+        + 2 * _WARPS * half
         + _up(4 * pixels, _CHUNK)
     )
 
