@@ -378,6 +378,17 @@ __device__ inline void activate_all(Activation activation, float (&values)[N]) {
   });
 }
 
+// threadIdx.x, read anew: what follows from it is not kept in registers from before.
+__device__ inline int thread_anew() {
+#if defined(__CUDACC__)
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+#else
+  return static_cast<int>(threadIdx.x);
+#endif
+}
+
 __device__ inline float warp_sum(float value) {  // of all 32 lanes, in each
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {

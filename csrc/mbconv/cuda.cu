@@ -28,17 +28,18 @@ struct Fixed {
   static constexpr int kTile = kTotals + kStrips * kChannels * 4;
   // A row of outputs of a warp's two strips, on its way to whole vectors: four pixels each, the
   // second where its pixels lie in the other banks.
-  static constexpr int kRow = kTile + 32, kHalf = 4 * kTapRow + (sizeof(T) == 2 ? 64 : 0);
+  static constexpr int kRow = kTile + 48, kHalf = 4 * kTapRow + (sizeof(T) == 2 ? 64 : 0);
   static constexpr int kWeights = kRow + kWarps * 2 * kHalf;
 };
 
-// What the convolution needs to know of a tile. In shared memory it takes no registers while the
-// expansion runs.
+// What a phase needs to know of a tile: in shared memory it takes no registers in the other one.
 template <class T>
 struct Tile {
   T* output;         // of the first pixel
   float* partials;   // of the tile
   int down, across;  // outputs
+  int strips_across, strips;
+  int inside;  // pixels that the windows see of the image
 };
 
 // Bytes of an expanded pixel. Threads of 16 pairs and then 16 more, four outputs further, read one
@@ -75,9 +76,14 @@ struct Fused {
 };
 
 // Blocks on a processor, by registers: with the exponential of float16 and the split operands of
-// float32 three would spill.
+// float32 three would spill, and with all of sm_100's.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kMostResident = 2;
+#else
+constexpr int kMostResident = 3;
+#endif
 template <class T, int kKernel>
-constexpr int kResident = kKernel == 3 && std::is_same_v<T, bf16> ? 3 : 2;
+constexpr int kResident = kKernel == 3 && std::is_same_v<T, bf16> ? kMostResident : 2;
 
 template <class T, int kKernel, int kStride>
 __global__ void __launch_bounds__(kThreads, kResident<T, kKernel>)
@@ -88,7 +94,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kKernel>)
   unsigned char* const shared = dynamic_shared();
   int* const positions = reinterpret_cast<int*>(shared + s.positions);
   float* const totals = reinterpret_cast<float*>(shared + At::kTotals);
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
+  const int thread = static_cast<int>(threadIdx.x);
   const int group = static_cast<int>(blockIdx.x % p.groups);
   const int tiles = p.tiles_down * p.tiles_across;
   const int tile = static_cast<int>(blockIdx.x / p.groups % tiles);
@@ -98,14 +104,6 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kKernel>)
   const int left_down = p.output_height - first_y, left_across = p.output_width - first_x;
   const int down = left_down < p.tile_height ? left_down : p.tile_height;
   const int across = left_across < p.tile_width ? left_across : p.tile_width;
-  Tile<T>* const place = reinterpret_cast<Tile<T>*>(shared + At::kTile);
-  if (thread == 0) {
-    place->output =
-        p.output + ((image * p.output_height + first_y) * p.output_width + first_x) * p.expanded;
-    place->partials = p.partials + (image * tiles + tile) * p.expanded;
-    place->down = down;
-    place->across = across;
-  }
 
   // The pixels that the windows see: a rectangle, and what of it is inside the image.
   const int corner_y = first_y * kStride - p.top, corner_x = first_x * kStride - p.left;
@@ -117,6 +115,17 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kKernel>)
   const int inside_width = end_x > begin_x ? end_x - begin_x : 0;
   const int inside = end_y > begin_y ? (end_y - begin_y) * inside_width : 0;
 
+  Tile<T>* const place = reinterpret_cast<Tile<T>*>(shared + At::kTile);
+  if (thread == 0) {
+    place->output =
+        p.output + ((image * p.output_height + first_y) * p.output_width + first_x) * p.expanded;
+    place->partials = p.partials + (image * tiles + tile) * p.expanded;
+    place->down = down;
+    place->across = across;
+    place->strips_across = (across + kTile - 1) / kTile;
+    place->strips = (down + kTile - 1) / kTile * place->strips_across;
+    place->inside = inside;
+  }
   const T* const input = p.input + image * p.height * p.width * p.channels;
 #pragma unroll 1
   for (int pixel = thread / 8; pixel < inside; pixel += kThreads / 8) {
@@ -139,6 +148,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kKernel>)
 
   // Weights, taps and vectors of a chunk of channels.
   const auto fetch = [&](int chunk) {
+    const int thread = thread_anew();
     const int first = chunk * kChannels, buffer = chunk / p.groups % 2;
     {
       const int row = thread / 8, e = first + row;
@@ -186,18 +196,20 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kKernel>)
   fetch(group);
   commit_copies();
   int buffer = 0;
-  for (int chunk = group; chunk < p.chunks; chunk += p.groups, buffer ^= 1) {
+  int chunk = group;
+  for (; chunk < p.chunks; chunk += p.groups, buffer ^= 1) {
     wait_copies<0>();
     __syncthreads();  // this chunk's weights are there; the last one's convolution is over
-    if (p.partials != nullptr && chunk != group) store_totals(chunk - p.groups);
+    if (p.partials != nullptr && chunk >= p.groups) store_totals(chunk - p.groups);
     if (chunk + p.groups < p.chunks) fetch(chunk + p.groups);
     commit_copies();
     const unsigned char* const vectors = shared + At::kVector + buffer * At::kVectorBytes;
 
+    const int lane = thread_anew() % kWarp, warp = thread_anew() / kWarp;
     // The expansion: warps take 16 pixels at a time, two times at once.
     const unsigned char* const weights = shared + At::kWeights + buffer * kChannels * s.row +
                                          (lane % 8 + lane / 16 * 8) * s.row + lane / 8 % 2 * kChunk;
-    const int pixel_tiles = (inside + 15) / 16;
+    const int seen = place->inside, pixel_tiles = (seen + 15) / 16;
 #pragma unroll 1
     for (int first = warp; first < pixel_tiles; first += 2 * kWarps) {
       const bool two = first + kWarps < pixel_tiles;
@@ -205,8 +217,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kKernel>)
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         const int pixel = (first + i * kWarps) * 16 + lane % 16;
-        from[i] =
-            shared + s.input + (pixel < inside ? pixel : inside - 1) * s.row + lane / 16 * kChunk;
+        from[i] = shared + s.input + (pixel < seen ? pixel : seen - 1) * s.row + lane / 16 * kChunk;
       }
       float sum[2][4][4] = {};
 #pragma unroll 1
@@ -260,7 +271,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kKernel>)
 #pragma unroll
         for (int h = 0; h < 2; h++) {
           const int pixel = (first + i * kWarps) * 16 + 8 * h + lane / 4;
-          if (pixel >= inside) continue;
+          if (pixel >= seen) continue;
           T* const to = reinterpret_cast<T*>(shared + positions[pixel]) + lane % 4 * 2;
 #pragma unroll
           for (int j = 0; j < 4; j++) {
@@ -272,17 +283,13 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kKernel>)
     __syncthreads();  // the expanded tile is there
 
     // The convolution: a thread has two channels of 4 x 4 outputs.
-    const int pair = thread % kPairs * 2;
-    const Tile<T> outputs = *place;
-    const int strips_across = (outputs.across + kTile - 1) / kTile;
-    const int strips = (outputs.down + kTile - 1) / kTile * strips_across;
+    const int own_thread = thread_anew(), pair = own_thread % kPairs * 2;
     float2 total = {0.0f, 0.0f};
 #pragma unroll 1
-    for (int first = 2 * warp; first < strips; first += kStrips) {
-      const int own = first + lane / kPairs;  // there may be none for the second half of a warp
-      const int strip = own < strips ? own : first;
+    for (int own = own_thread / kPairs; own / 2 * 2 < place->strips; own += kStrips) {
+      const bool exists = own < place->strips;  // there may be none for half of a warp
+      const int strip = exists ? own : own - 1, strips_across = place->strips_across;
       const int y = strip / strips_across * kTile, x = strip % strips_across * kTile;
-      const int rows = own < strips ? outputs.down - y : 0, columns = outputs.across - x;
       const unsigned char* const corner = shared + s.expanded +
                                           (y * s.seen_width + x) * kStride * kPixel<T, kStride> +
                                           pair * static_cast<int>(sizeof(T));
@@ -335,20 +342,20 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kKernel>)
           }
         }
       });
+      const int rows = exists ? place->down - y : 0, columns = place->across - x;
       if (p.partials != nullptr) {
 #pragma unroll
         for (int r = 0; r < kTile; r++) {
 #pragma unroll
           for (int c = 0; c < kTile; c++) {
-            const bool exists = r < rows && c < columns;
-            total.x += exists ? sum[r][c].x : 0.0f;
-            total.y += exists ? sum[r][c].y : 0.0f;
+            const bool counts = r < rows && c < columns;
+            total.x += counts ? sum[r][c].x : 0.0f;
+            total.y += counts ? sum[r][c].y : 0.0f;
           }
         }
       }
       // A lane stores vectors of its half's pixels, a row of outputs at a time.
-      unsigned char* const half =
-          shared + At::kRow + warp * 2 * At::kHalf + lane / kPairs * At::kHalf;
+      unsigned char* const half = shared + At::kRow + own_thread / kPairs * At::kHalf;
       constexpr int kAcross = kChannels / kVector<T>;  // vectors of a pixel
 #pragma unroll
       for (int r = 0; r < kTile; r++) {
@@ -358,20 +365,20 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kKernel>)
         }
         __syncwarp();
 #pragma unroll
-        for (int at = lane % kPairs; at < kTile * kAcross; at += kPairs) {
+        for (int at = own_thread % kPairs; at < kTile * kAcross; at += kPairs) {
           const int c = at / kAcross, e = chunk * kChannels + at % kAcross * kVector<T>;
           if (r >= rows || c >= columns || e >= p.expanded) continue;
-          store_first(outputs.output + ((y + r) * p.output_width + x + c) * p.expanded + e,
+          store_first(place->output + ((y + r) * p.output_width + x + c) * p.expanded + e,
                       p.expanded - e, p.aligned_output, load_words(half + at * kChunk));
         }
         __syncwarp();
       }
     }
-    if (p.partials != nullptr) store2(totals + thread / kPairs * kChannels + pair, total);
+    if (p.partials != nullptr) store2(totals + 2 * own_thread, total);
   }
   if (p.partials == nullptr) return;
   __syncthreads();
-  store_totals(group + (p.chunks - 1 - group) / p.groups * p.groups);
+  store_totals(chunk - p.groups);
 }
 
 template <class T, int kKernel, int kStride>

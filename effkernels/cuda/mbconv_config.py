@@ -57,7 +57,7 @@ def shared_memory(problem: FusedProblem, tile_height: int, tile_width: int) -> i
         + pixels * row
         + 2 * _CHANNELS * (row + kernel * kernel * itemsize + 4 * 4)
         + 4 * _STRIPS * _CHANNELS
-        + 2 * _CHUNK
+        + 3 * _CHUNK
         + 2 * _WARPS * half
         + _up(4 * pixels, _CHUNK)
     )
