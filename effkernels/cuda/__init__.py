@@ -20,7 +20,7 @@ from torch import Tensor
 from ..build_info import why_not_built
 
 # ops -> the file here that has them; without gradient kernels: in _WITHOUT_BACKWARD
-_OPS = {
+OPS = {
     "batch_norm_act": "batch_norm_act",
     "mbconv": "mbconv",
     "pointwise_conv": "pointwise_conv",
@@ -119,10 +119,10 @@ def can_run(input: Tensor, *rest: Any) -> str | None:
 
 def implementation(op: str, make: Callable[..., Any]) -> Any:
     """``make(can_run, run, backward)`` of ``op``'s functions here; None if it has none."""
-    if op not in _OPS:
+    if op not in OPS:
         return None
-    backward = None if op in _WITHOUT_BACKWARD else _function(_OPS[op], f"{op}_backward")
-    return make(_function(_OPS[op], "can_run"), _function(_OPS[op], op), backward)
+    backward = None if op in _WITHOUT_BACKWARD else _function(OPS[op], f"{op}_backward")
+    return make(_function(OPS[op], "can_run"), _function(OPS[op], op), backward)
 
 
 def _function(module: str, name: str) -> Callable[..., Any]:

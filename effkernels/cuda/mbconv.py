@@ -1,11 +1,11 @@
-"""The whole inverted residual by csrc/mbconv/cuda.cu, without gradients.
+"""The whole inverted residual by csrc/mbconv/cuda.cu; gradients are the reference formula's.
 
     hidden = activation(depthwise(activation(expand(input)))), and its sums: one kernel
     gate   = squeeze_excite_gate(mean(hidden))                               from the sums
     output = project(gate · hidden) + input                                  one product
 
-Three launches, two without squeeze-and-excitation; without an expansion the first is the depthwise
-convolution's own.
+Three launches, two without squeeze-and-excitation. Where the fused kernel cannot run or does not
+pay (`mbconv_config.pays`), a product and a depthwise convolution run in its place.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import Tensor
 from ..cache import cached
 from ..layout import empty_nhwc, nhwc, output_size
 from ..native import activation_codes
+from . import OPS, device_limits
 from . import can_run as device_can_run
-from . import device_limits
-from .mbconv_config import KERNELS, STRIDES, FusedConfig, FusedProblem, choose
+from .mbconv_config import KERNELS, STRIDES, FusedProblem, choose, pays
 from .pointwise_conv import float32, product
 
 __all__ = ["can_run", "expand_depthwise", "mbconv"]
@@ -29,23 +29,34 @@ __all__ = ["can_run", "expand_depthwise", "mbconv"]
 def can_run(*arguments: Any) -> str | None:
     """None if the CUDA kernels can run the op on these arguments, else the reason why not."""
     reason = device_can_run(*arguments)
-    if reason is not None or len(arguments) == 1:
+    if reason is not None or len(arguments) == 1 or "depthwise_conv" in OPS:
         return reason
     input, expand_weight, depthwise_weight = arguments[0], arguments[1], arguments[4]
-    stride, padding, dilation = arguments[14:17]
     if expand_weight is None:
-        return None
-    kernel = tuple(depthwise_weight.shape[2:])
+        return "there is no depthwise_conv in CUDA C++"
+    return why_not_fused(input, expand_weight, depthwise_weight, *arguments[14:17])
+
+
+def why_not_fused(
+    input: Tensor,
+    expand_weight: Tensor,
+    depthwise_weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> str | None:
+    """Why the expansion cannot run inside the depthwise convolution; None if it can."""
+    kernel = depthwise_weight.shape[2:]
     if kernel[0] != kernel[1] or kernel[0] not in KERNELS:
         return f"depthwise_weight is {kernel[0]}x{kernel[1]}; 3x3 and 5x5 are accepted"
     if stride[0] != stride[1] or stride[0] not in STRIDES:
         return f"stride is {stride}; [1, 1] and [2, 2] are accepted"
     if list(dilation) != [1, 1]:
         return f"dilation is {dilation}; [1, 1] is accepted"
-    if _config(input, expand_weight, kernel[0], stride, padding) is None:
-        _, shared = device_limits(input)
+    limits = device_limits(input)
+    if choose(_problem(input, expand_weight, kernel[0], stride, padding), *limits) is None:
         return (
-            f"{input.shape[1]} channels of a tile do not fit into the {shared // 1024} KB of "
+            f"a tile of {input.shape[1]} channels does not fit into the {limits[1] // 1024} KB of "
             "shared memory that a block may have"
         )
     return None
@@ -79,7 +90,10 @@ def mbconv(
     input = nhwc(input)
     gated = se_reduce_weight is not None
     taps = pack_taps(depthwise_weight)
-    if expand_weight is not None:
+    fused = expand_weight is not None and _is_fused(
+        input, expand_weight, depthwise_weight, stride, padding, dilation
+    )
+    if expand_weight is not None and fused:
         hidden, partial_means = expand_depthwise(
             input,
             expand_weight,
@@ -97,8 +111,13 @@ def mbconv(
     else:
         from .depthwise_conv import convolve
 
+        expanded = input
+        if expand_weight is not None:
+            expanded = product(
+                input, expand_weight, scale=expand_scale, bias=expand_bias, activation=activation
+            )
         convolved = convolve(
-            input,
+            expanded,
             taps,
             list(depthwise_weight.shape[2:]),
             stride,
@@ -136,6 +155,25 @@ def mbconv(
     )
 
 
+def _is_fused(
+    input: Tensor,
+    expand_weight: Tensor,
+    depthwise_weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> bool:
+    if "depthwise_conv" not in OPS:
+        return True
+    arguments = (input, expand_weight, depthwise_weight, stride, padding, dilation)
+    if why_not_fused(*arguments) is not None:
+        return False
+    problem = _problem(input, expand_weight, depthwise_weight.shape[2], stride, padding)
+    config = choose(problem, *device_limits(input))
+    assert config is not None
+    return pays(problem, config)
+
+
 class ExpandedDepthwise(NamedTuple):
     """What :func:`expand_depthwise` gives."""
 
@@ -171,7 +209,8 @@ def expand_depthwise(
     expanded = expand_weight.shape[0]
     kernels = [kernel, kernel]
     size = output_size(input.shape[2:], kernels, stride, padding, [1, 1])
-    config = _config(input, expand_weight, kernel, stride, padding)
+    problem = _problem(input, expand_weight, kernel, stride, padding)
+    config = choose(problem, *device_limits(input))
     assert config is not None
     output = empty_nhwc(input, expanded, *size)
     partials = None
@@ -196,15 +235,15 @@ def expand_depthwise(
     return ExpandedDepthwise(output, partials)
 
 
-def _config(
+def _problem(
     input: Tensor,
     expand_weight: Tensor,
     kernel: int,
     stride: list[int],
     padding: list[int],
-) -> FusedConfig | None:
+) -> FusedProblem:
     size = output_size(input.shape[2:], [kernel, kernel], stride, padding, [1, 1])
-    problem = FusedProblem(
+    return FusedProblem(
         images=input.shape[0],
         channels=input.shape[1],
         expanded=expand_weight.shape[0],
@@ -216,7 +255,6 @@ def _config(
         stride=stride[0],
         itemsize=input.element_size(),
     )
-    return choose(problem, *device_limits(input))
 
 
 def pack_taps(weight: Tensor) -> Tensor:

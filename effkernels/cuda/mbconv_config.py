@@ -16,9 +16,7 @@ KERNELS = (3, 5)
 STRIDES = (1, 2)
 # A processor keeps 1 KB of shared memory for itself for every block.
 _OVERHEAD = 1024
-# By blocks on a processor: alone, one has nothing to do while it waits at its barriers, and in its
-# expansion the units of its convolution rest. Guessed.
-_ALONE = {1: 1.5, 2: 1.1, 3: 1.0}
+_BYTES_A_CLOCK = 13
 
 
 class FusedProblem(NamedTuple):
@@ -71,40 +69,59 @@ def choose(problem: FusedProblem, processors: int, shared: int) -> FusedConfig |
         processors: of the device.
         shared: bytes of shared memory that a block may have; a processor has little more.
     """
-    best: tuple[float, int, int, int] | None = None
-    for height, width in _tiles(problem):
-        used = shared_memory(problem, height, width)
-        if used > shared:
-            continue
-        tiles = -(-problem.output_height // height) * -(-problem.output_width // width)
-        resident = min(3, (shared + _OVERHEAD) // (used + _OVERHEAD))
-        cost = tiles * _clocks(problem, height, width) * _ALONE[resident]
-        if best is None or cost < best[0]:
-            best = cost, height, width, tiles
-    if best is None:
+    tiles = [(shared_memory(problem, *tile), *tile) for tile in _tiles(problem)]
+    # Alone on a processor a block has nothing to do while it waits at its barriers, and during its
+    # expansion the units of its convolution rest: two share one where any tile is small enough.
+    fitting = [tile for tile in tiles if tile[0] <= (shared + _OVERHEAD) // 2 - _OVERHEAD]
+    fitting = fitting or [tile for tile in tiles if tile[0] <= shared]
+    if not fitting:
         return None
-    _, height, width, tiles = best
+    _, height, width = min(fitting, key=lambda tile: clocks(problem, *tile[1:]))
     # Two blocks for every processor, twice over, where there are channels for so many.
+    blocks = max(problem.images * _count(problem, height, width), 1)
     chunks = -(-problem.expanded // _CHANNELS)
-    wanted = -(-4 * processors // max(problem.images * tiles, 1))
-    return FusedConfig(height, width, min(chunks, wanted))
+    return FusedConfig(height, width, min(chunks, -(-4 * processors // blocks)))
 
 
-def _clocks(problem: FusedProblem, height: int, width: int) -> float:
-    """Clocks of a processor for a tile, by instructions of four schedulers; counted, not measured.
+def pays(problem: FusedProblem, config: FusedConfig) -> bool:
+    """Whether a fused block is faster than a product and a convolution that leave it in memory.
 
-    Of the products only what comes after counts, 24 clocks for every 16 pixels: tensor cores and
-    ldmatrix need fewer at up to 40 channels. A round of 256 threads convolves 16 strips.
+    Those wait for memory, which gives a processor 13 bytes a clock (H100: 3.0 TB/s, 132 of them at
+    1.7 GHz). Level is counted as a gain: of the chain's arithmetic nothing is counted, and an
+    expanded tensor that is never there is memory that others can use. At 2 bytes: all of B0's
+    blocks up to 28 x 28 pixels, none of its last ones, where most strips of a tile are empty.
     """
-    kernel, stride = problem.kernel, problem.stride
+    inputs = problem.height * problem.width
+    outputs = problem.output_height * problem.output_width
+    values = inputs * problem.channels + (2 * inputs + outputs) * problem.expanded
+    chain = values * problem.itemsize / _BYTES_A_CLOCK
+    return clocks(problem, config.tile_height, config.tile_width) <= 1.25 * chain
+
+
+def clocks(problem: FusedProblem, height: int, width: int) -> float:
+    """Clocks of a processor for an image in such tiles, by what its four schedulers issue.
+
+    Counted in sm_90's code, not measured. An expansion of 16 pixels and 32 channels takes 110
+    instructions behind its product, and 12 for 16 channels of that; a thread's convolution takes
+    2 k² + 14 an output, and 3 for a value that it sees. A round has 16 threads' worth of strips.
+    """
     chunks = -(-problem.expanded // _CHANNELS)
-    expansion = 32 * -(-_pixels(problem, height, width) // 16)
+    pixels = _pixels(problem, height, width)
+    steps = -(-problem.channels * problem.itemsize // (2 * _CHUNK))
+    products = 12 * steps * (3 if problem.itemsize == 4 else 1)
+    expansion = -(-pixels // 16) * (110 + products)
     strips = -(-height // _TILE) * -(-width // _TILE)
-    span = (_TILE - 1) * stride + kernel
-    thread = 2 * _TILE**2 * (kernel**2 + 5) + 3 * span**2
-    convolution = -(-strips // _STRIPS) * _WARPS * thread / 4
-    loads = _pixels(problem, height, width) * problem.channels * problem.itemsize / 13
-    return chunks * (expansion + convolution + 100) + loads + 1000
+    span = (_TILE - 1) * problem.stride + problem.kernel
+    thread = _TILE**2 * (2 * problem.kernel**2 + 14) + 3 * span**2
+    convolution = -(-strips // _STRIPS) * _WARPS * thread
+    loads = pixels * problem.channels * problem.itemsize / _BYTES_A_CLOCK
+    barriers = 100 * chunks
+    tile = chunks * (expansion + convolution) / 4 + loads + barriers
+    return _count(problem, height, width) * tile
+
+
+def _count(problem: FusedProblem, height: int, width: int) -> int:
+    return -(-problem.output_height // height) * -(-problem.output_width // width)
 
 
 def _tiles(problem: FusedProblem) -> Iterator[tuple[int, int]]:

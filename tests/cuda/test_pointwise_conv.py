@@ -12,6 +12,7 @@ from torch import Tensor
 
 from effkernels import cuda, ops
 from effkernels.ops import ACTIVATIONS
+from effkernels.testing import assert_matches
 from tests.cuda import emulated
 from tests.cuda.emulated import with_mistake
 from tests.ops._cases import (
@@ -69,3 +70,114 @@ def test_matches_reference(device, case):
     if device.type == "cpu":
         emulated.configure(processors=case.processors)
     assert_parity("native", ops.pointwise_conv, partial(arguments_of, case, device))
+
+
+# N, C, K, height, width: a row of the batch's pixels in one tile, tiles that end inside images, a
+# tile of many images, one step of channels and more than there are stages
+SIZES = (
+    (1, 40, 24, 3, 7),
+    (3, 24, 72, 9, 9),
+    (70, 8, 8, 1, 1),
+    (2, 160, 8, 8, 8),
+    (5, 200, 33, 3, 3),
+)
+
+
+def everything(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    n, c, k, *pixels = size
+    draw = Draw(7, dtype)
+    options = {
+        "input": draw.activations(n, c, pixels),
+        "weight": draw.weight(k, c, 1, 1),
+        **draw.affine(k, "scale32+bias32"),
+        "gate": draw.gate(n, c),
+        "residual": draw.activations(n, k, pixels),
+    }
+    options = {name: value.to(device) for name, value in options.items()}
+    return {**options, "activation": "silu", "return_mean": True}
+
+
+@pytest.mark.parametrize("processors", (1, 132))
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_tiles(device, dtype, size, processors):
+    """Large tiles where there is one processor, small ones where there are many."""
+    if device.type == "cpu":
+        emulated.configure(processors=processors)
+    options = everything(size, dtype, device)
+    assert_matches(ops.pointwise_conv, **options)
+    options["residual"] = options["gate"] = None
+    assert_matches(ops.pointwise_conv, **options)
+
+
+def test_empty_batch(device):
+    output, mean = ops.pointwise_conv(
+        torch.empty(0, 8, 3, 3, device=device), torch.ones(5, 8, device=device), return_mean=True
+    )
+    assert output.shape == (0, 5, 3, 3) and mean.shape == (0, 5)
+
+
+def test_order_of_threads_changes_nothing(device):
+    options = everything(SIZES[1], torch.bfloat16, device)
+    first = ops.pointwise_conv(**options)
+    for seed in (1, 2):
+        if device.type == "cpu":
+            emulated.configure(seed=seed)
+        assert same_bits(first, ops.pointwise_conv(**options))
+
+
+@pytest.mark.parametrize("processors", (1, 132))
+@pytest.mark.parametrize("size", (SIZES[1], (3, 9, 17, 5, 5)), ids=str)
+def test_memory_around_tensors(monkeypatch, device, dtype, size, processors):
+    if device.type == "cpu":
+        emulated.configure(processors=processors)
+    options = everything(size, dtype, device)
+    assert_memory_kept(monkeypatch, ops.pointwise_conv, ((), options))
+
+
+def test_gradients_are_the_references(device):
+    gradients = gradient_function(partial(ops.pointwise_conv, activation="silu"))
+
+    def arguments(repetition: int) -> Arguments:
+        options = everything(SIZES[0], torch.float32, device)
+        tensors = {name: value for name, value in options.items() if isinstance(value, Tensor)}
+        return (tensors, {}), {}
+
+    assert_parity("native", gradients, arguments, channels_last=False)
+
+
+def _check() -> None:
+    """In bfloat16 and float32, with tiles of 128 and of 64 pixels."""
+    for size, dtype, processors in (
+        (SIZES[1], torch.bfloat16, 1),
+        (SIZES[3], torch.float32, 132),
+        (SIZES[4], torch.bfloat16, 132),
+    ):
+        emulated.configure(processors=processors)
+        assert_matches(ops.pointwise_conv, **everything(size, dtype, torch.device("cpu")))
+
+
+def test_check_passes():
+    _check()
+
+
+MISTAKES = {
+    "rows beyond the last": ("if (row >= rows || v >= left) continue;", "if (v >= left) continue;"),
+    "another image's gate": ("row < rows ? row : rows - 1)) / p.pixels", "0)) / p.pixels"),
+    "no barrier between stages": ("__syncthreads();\n    if (stage", "if (stage"),
+    "a stage too early": ("wait_copies<kStages - 2>", "wait_copies<kStages - 1>"),
+    "the order of outputs": (
+        "to + place_of(row, chunk), weight",
+        "to + place_of(output, chunk), weight",
+    ),
+    "sums of the next image": ("row >= begin && row < end &&", "row >= begin &&"),
+    "a forgotten tail": (
+        "(p.channels + kStageValues - 1) / kStageValues",
+        "p.channels / kStageValues",
+    ),
+    "no barrier before the sums": ("__syncthreads();\n#pragma", "#pragma"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_found(mistake):
+    assert with_mistake(("pointwise_conv/cuda.cu", *MISTAKES[mistake]), _check)
