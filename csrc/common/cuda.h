@@ -383,7 +383,7 @@ __device__ inline int thread_anew() {
 #if defined(__CUDACC__)
   int thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread;
+  return thread & 1023;  // the compiler knows no range of it
 #else
   return static_cast<int>(threadIdx.x);
 #endif

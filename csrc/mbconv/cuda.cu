@@ -1,3 +1,44 @@
+// An inverted residual's expansion and depthwise convolution in one kernel:
+//
+//   expanded = activation(expand_scale[e] * sum_c expand_weight[e, c] * input[p, c]
+//                         + expand_bias[e]), zero around the image             never in memory
+//   output   = activation(scale[e] * (taps * expanded) + bias[e])
+//   partials[n, tile, e] = the output's sum over a tile's pixels, for squeeze-and-excitation
+//
+// Layout: NHWC; input [N, H, W, C], expand_weight [E, C], taps [k * k, E], output [N, H', W', E].
+//
+// Moves the input once and the rim of tiles again from the L2, and the output once. B0's second
+// block (112 x 112, 16 -> 96 channels, stride 2), batch 256, 2 bytes: 103 + 154 MB, 86 us at
+// 3.0 TB/s; two kernels move 103 + 2 * 617 + 154 MB, 497 us. The instructions counted below make it
+// 280 us (mbconv_config.py), the third block (56 x 56, 24 -> 144) 210 of 244.
+//
+// The idea: a block has a tile of outputs of one image. The part of the input that the windows see
+// is in shared memory for all chunks of 32 expanded channels, through which the block walks; the
+// next chunk's weights arrive meanwhile. A chunk is two phases. Tensor cores expand the pixels that
+// lie inside the image (so nothing is computed for padding), the epilogue writes them where they
+// belong in a tile whose rim was zeroed once. Then each thread convolves two channels of 4 x 4
+// outputs: 36 reads of shared memory for 288 multiply-adds at k = 3, all of it in registers. While
+// one block of a processor expands, in tensor cores and special function units, the other
+// convolves.
+//
+// Why mma.sync: of 24 to 40 channels a chunk's product is 2 or 3 steps deep. For the second block
+// it is 23 M multiply-adds an image, 0.08 us of an H100 by mma.sync; memory takes 0.34 us an image.
+//
+// What limits are instructions (sm_90, bfloat16): 495 for a thread's 16 outputs of two channels at
+// k = 3 (of them 288 multiply-adds, 72 to unpack), 1139 at k = 5, and 310 for their activations,
+// sums and stores; with strides of 2 633 and 1314. 110 a warp for the epilogue of 16 pixels and 32
+// channels, 15 for each step of their product. SiLU takes one special function of bfloat16 in place
+// of two (`activate_as`): at two, 16 a clock and processor, it would be the limit.
+//
+// Lost, by the compiler's output: taps kept in registers over several strips (spills at k = 5), the
+// tile's sizes in registers (spills; they are in shared memory now, and the threads' numbers are
+// read anew), three blocks a processor (80 registers: spills on one architecture or the other, and
+// 10 % more instructions), a store of 4 bytes an output (32 more instructions than by way of shared
+// memory to 16 bytes a lane). No GPU has run this.
+//
+// Shared memory goes by the problem. 80 KB are what an early block takes on an A100; two of 113 KB
+// fit on an H100, and deep inputs (C > 100 in float32) take all of a processor's.
+// promise: expand_depth.* threads 256, shared 81920, warps 16, loads 16, stores 16, tensor cores
 #include <climits>
 
 #include "common/cuda.h"
@@ -75,19 +116,8 @@ struct Fused {
   Activation activation;
 };
 
-// Blocks on a processor, by registers: with the exponential of float16 and the split operands of
-// float32 three would spill, and with all of sm_100's.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int kMostResident = 2;
-#else
-constexpr int kMostResident = 3;
-#endif
-template <class T, int kKernel>
-constexpr int kResident = kKernel == 3 && std::is_same_v<T, bf16> ? kMostResident : 2;
-
 template <class T, int kKernel, int kStride>
-__global__ void __launch_bounds__(kThreads, kResident<T, kKernel>)
-    expand_depthwise_kernel(Fused<T> p) {
+__global__ void __launch_bounds__(kThreads, 2) expand_depthwise_kernel(Fused<T> p) {
   constexpr int kSpan = (kTile - 1) * kStride + kKernel;  // rows and columns that a thread sees
   using At = Fixed<T, kKernel>;
   const Layout& s = p.shared;
@@ -344,13 +374,15 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kKernel>)
       });
       const int rows = exists ? place->down - y : 0, columns = place->across - x;
       if (p.partials != nullptr) {
+        const bool whole = rows >= kTile && columns >= kTile;
 #pragma unroll
         for (int r = 0; r < kTile; r++) {
 #pragma unroll
           for (int c = 0; c < kTile; c++) {
-            const bool counts = r < rows && c < columns;
-            total.x += counts ? sum[r][c].x : 0.0f;
-            total.y += counts ? sum[r][c].y : 0.0f;
+            if (whole || (r < rows && c < columns)) {
+              total.x += sum[r][c].x;
+              total.y += sum[r][c].y;
+            }
           }
         }
       }
@@ -365,7 +397,8 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kKernel>)
         }
         __syncwarp();
 #pragma unroll
-        for (int at = own_thread % kPairs; at < kTile * kAcross; at += kPairs) {
+        for (int i = 0; i < kTile * kAcross / kPairs; i++) {
+          const int at = own_thread % kPairs + i * kPairs;
           const int c = at / kAcross, e = chunk * kChannels + at % kAcross * kVector<T>;
           if (r >= rows || c >= columns || e >= p.expanded) continue;
           store_first(place->output + ((y + r) * p.output_width + x + c) * p.expanded + e,

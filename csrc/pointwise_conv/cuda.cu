@@ -1,3 +1,31 @@
+// 1x1 convolution, a product over the channels of every pixel:
+//
+//   output[p, k] = activation(scale[k] * sum_c weight[k, c] * gate[n, c] * input[p, c] + bias[k]
+//                             + residual[p, k])            n: the image of pixel p
+//   sums[n, tile, k] = the output's sum over the image's pixels of one tile
+//
+// Layout: NHWC, [pixels, C] and [pixels, K]; weights [K, C].
+//
+// Moves input, residual and output once; the weights, and the input for more than 64 outputs, come
+// again from the L2. B0's projection 96 -> 24 at 56 x 56, batch 256, 2 bytes: 193 MB, 64 us at
+// 3.0 TB/s, where its 1.8 G multiply-adds, 4.9 G with the tile's empty columns, take 17 us of an
+// H100's mma.sync (0.29 P/s, some 60 % of what wgmma has). Even padded they hide behind memory: a
+// step of 16 channels of 128 pixels is 4 KB, 300 clocks of a processor's share of memory, and 100
+// of its tensor cores. So neither wgmma nor a tile of 32 or 96 outputs would make it faster.
+//
+// The idea: a block has 128 pixels x 64 outputs, a warp 32 x 32 of them. cp.async runs three stages
+// of 64 bytes a row ahead (two blocks a processor: 72 KB under way, 40 are needed). The gate is a
+// third operand: its rows, one an image, are in the stage, `load_matrices` gives every lane the
+// factors of its own fragment, and one multiplication of two values each is the prologue. Rows of
+// weights lie in such an order in shared memory that a lane ends with 8 neighbouring outputs of a
+// row: no way back through shared memory for stores of 16 bytes. Where there are few pixels, tiles
+// are 64 x 32.
+//
+// Lost, by the compiler's output: three blocks a processor (80 registers) spill on one architecture
+// or the other, whichever way the code is turned. No GPU has run this.
+//
+// promise: product.*128, 64> threads 256, shared 81920, warps 16, loads 16, stores 16, tensor cores
+// promise: product.*64, 32> threads 64, shared 40960, warps 8, loads 16, stores 16, tensor cores
 #include <climits>
 
 #include "common/cuda.h"
@@ -69,6 +97,7 @@ __global__ void __launch_bounds__(kRows / kWarpRows * (kOutputs / kWarpOutputs) 
   // Rows of a stage: the input's, the weights', the gate's.
   const auto fetch = [&](int stage) {
     unsigned char* to = stages + stage % kStages * stage_bytes;
+    const int thread = thread_anew();
     const int chunk = thread % kRowChunks, first = stage * kStageValues + chunk * kVector<T>;
 #pragma unroll
     for (int row = thread / kRowChunks; row < kRows; row += kThreads / kRowChunks) {

@@ -16,7 +16,7 @@ KERNELS = (3, 5)
 STRIDES = (1, 2)
 # A processor keeps 1 KB of shared memory for itself for every block.
 _OVERHEAD = 1024
-_BYTES_A_CLOCK = 13
+_BYTES_A_CLOCK = 13  # of memory, for a processor: an H100's 3.0 TB/s, 132 of them at 1.7 GHz
 
 
 class FusedProblem(NamedTuple):
@@ -84,40 +84,55 @@ def choose(problem: FusedProblem, processors: int, shared: int) -> FusedConfig |
 
 
 def pays(problem: FusedProblem, config: FusedConfig) -> bool:
-    """Whether a fused block is faster than a product and a convolution that leave it in memory.
+    """Whether the fused kernel is faster than a product and a depthwise convolution.
 
-    Those wait for memory, which gives a processor 13 bytes a clock (H100: 3.0 TB/s, 132 of them at
-    1.7 GHz). Level is counted as a gain: of the chain's arithmetic nothing is counted, and an
-    expanded tensor that is never there is memory that others can use. At 2 bytes: all of B0's
-    blocks up to 28 x 28 pixels, none of its last ones, where most strips of a tile are empty.
+    Each of those waits for memory, or issues as many instructions as the fused kernel does for the
+    same without what tiles share or leave empty. All of it counted, nothing measured. At 2 bytes
+    that means the 3x3 blocks of B0 up to 14 x 14 pixels. A 5x5 window's arithmetic is too much of
+    its time (the block from 56 x 56 to 28 x 28 pixels is level), and of a tile of 7 x 7 a quarter
+    of the threads convolve.
     """
     inputs = problem.height * problem.width
     outputs = problem.output_height * problem.output_width
-    values = inputs * problem.channels + (2 * inputs + outputs) * problem.expanded
-    chain = values * problem.itemsize / _BYTES_A_CLOCK
-    return clocks(problem, config.tile_height, config.tile_width) <= 1.25 * chain
+    bytes_each = problem.expanded * problem.itemsize
+    product = max(
+        inputs * (problem.channels * problem.itemsize + bytes_each) / _BYTES_A_CLOCK,
+        inputs / 16 * problem.expanded / _CHANNELS * _expansion(problem) / 4,
+    )
+    convolution = max(
+        (inputs + outputs) * bytes_each / _BYTES_A_CLOCK,
+        outputs / _TILE**2 * problem.expanded / 64 * _convolution(problem) / 4,
+    )
+    return clocks(problem, config.tile_height, config.tile_width) < product + convolution
 
 
 def clocks(problem: FusedProblem, height: int, width: int) -> float:
-    """Clocks of a processor for an image in such tiles, by what its four schedulers issue.
+    """Clocks of a processor for an image in such tiles: what its four schedulers issue, and waits.
 
-    Counted in sm_90's code, not measured. An expansion of 16 pixels and 32 channels takes 110
-    instructions behind its product, and 12 for 16 channels of that; a thread's convolution takes
-    2 k² + 14 an output, and 3 for a value that it sees. A round has 16 threads' worth of strips.
+    A round convolves 16 strips, one for each 16 threads.
     """
     chunks = -(-problem.expanded // _CHANNELS)
     pixels = _pixels(problem, height, width)
-    steps = -(-problem.channels * problem.itemsize // (2 * _CHUNK))
-    products = 12 * steps * (3 if problem.itemsize == 4 else 1)
-    expansion = -(-pixels // 16) * (110 + products)
     strips = -(-height // _TILE) * -(-width // _TILE)
-    span = (_TILE - 1) * problem.stride + problem.kernel
-    thread = _TILE**2 * (2 * problem.kernel**2 + 14) + 3 * span**2
-    convolution = -(-strips // _STRIPS) * _WARPS * thread
+    expansion = -(-pixels // 16) * _expansion(problem)
+    convolution = -(-strips // _STRIPS) * _WARPS * _convolution(problem)
     loads = pixels * problem.channels * problem.itemsize / _BYTES_A_CLOCK
     barriers = 100 * chunks
     tile = chunks * (expansion + convolution) / 4 + loads + barriers
     return _count(problem, height, width) * tile
+
+
+def _expansion(problem: FusedProblem) -> int:
+    """Instructions of a warp for 16 pixels and 32 channels, counted in sm_90's code."""
+    steps = -(-problem.channels * problem.itemsize // (2 * _CHUNK))
+    return 110 + 15 * steps * (3 if problem.itemsize == 4 else 1)
+
+
+def _convolution(problem: FusedProblem) -> int:
+    """Instructions of a thread for two channels of 16 outputs: 805, 943, 1449 and 1624 for kernels
+    of 3 and 5 and strides of 1 and 2."""
+    span = (_TILE - 1) * problem.stride + problem.kernel
+    return _TILE**2 * (2 * problem.kernel**2 + 26) + 3 * span**2
 
 
 def _count(problem: FusedProblem, height: int, width: int) -> int:

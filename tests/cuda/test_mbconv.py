@@ -313,7 +313,7 @@ MISTAKES = {
     "no barrier after the convolution": ("__syncthreads();  // this chunk's", "// this chunk's"),
     "copies under way": ("wait_copies<0>();\n    __sync", "wait_copies<1>();\n    __sync"),
     "pixels beyond the last": ("if (pixel >= seen) continue;", ""),
-    "sums of what is no output": ("r < rows && c < columns;", "r < rows;"),
+    "sums of what is no output": ("(r < rows && c < columns)", "r < rows"),
     "another chunk's weights": ("buffer ^= 1)", "buffer ^= 0)"),
     "no barrier of the warp": ("__syncwarp();\n#pragma", "\n#pragma"),
 }
