@@ -130,7 +130,7 @@ def mbconv(
         )
         hidden, partial_means = convolved.output, convolved.partial_means
     gate = None
-    if gated:
+    if se_reduce_weight is not None and se_expand_weight is not None:
         from .squeeze_excite import gate as gate_of
 
         assert partial_means is not None
