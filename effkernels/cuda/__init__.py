@@ -79,9 +79,11 @@ def device_limits(input: Tensor) -> tuple[int, int]:
 @functools.cache
 def _limits(index: int) -> tuple[int, int]:
     properties = torch.cuda.get_device_properties(index)
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+    shared: int = getattr(properties, "shared_memory_per_block_optin", _LEAST_SHARED)
+    return properties.multi_processor_count, shared
 
 
+_LEAST_SHARED = 99 * 1024  # of any device that the kernels run on
 EMULATED_LIMITS = (132, 227 * 1024)  # of an H100
 
 
