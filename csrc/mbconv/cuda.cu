@@ -22,7 +22,7 @@
 // convolves.
 //
 // Why mma.sync: of 24 to 40 channels a chunk's product is 2 or 3 steps deep. For the second block
-// it is 23 M multiply-adds an image, 0.08 us of an H100 by mma.sync; memory takes 0.34 us an image.
+// it is 21 M multiply-adds an image, 0.07 us of an H100 by mma.sync; memory takes 0.34 us an image.
 //
 // What limits are instructions (sm_90, bfloat16): 495 for a thread's 16 outputs of two channels at
 // k = 3 (of them 288 multiply-adds, 72 to unpack), 1139 at k = 5, and 310 for their activations,
@@ -69,7 +69,8 @@ struct Fixed {
   static constexpr int kTile = kTotals + kStrips * kChannels * 4;
   // A row of outputs of a warp's two strips, on its way to whole vectors: four pixels each, the
   // second where its pixels lie in the other banks.
-  static constexpr int kRow = kTile + 48, kHalf = 4 * kTapRow + (sizeof(T) == 2 ? 64 : 0);
+  static constexpr int kTileBytes = 48;
+  static constexpr int kRow = kTile + kTileBytes, kHalf = 4 * kTapRow + (sizeof(T) == 2 ? 64 : 0);
   static constexpr int kWeights = kRow + kWarps * 2 * kHalf;
 };
 
@@ -120,6 +121,7 @@ template <class T, int kKernel, int kStride>
 __global__ void __launch_bounds__(kThreads, 2) expand_depthwise_kernel(Fused<T> p) {
   constexpr int kSpan = (kTile - 1) * kStride + kKernel;  // rows and columns that a thread sees
   using At = Fixed<T, kKernel>;
+  static_assert(sizeof(Tile<T>) <= At::kTileBytes);
   const Layout& s = p.shared;
   unsigned char* const shared = dynamic_shared();
   int* const positions = reinterpret_cast<int*>(shared + s.positions);

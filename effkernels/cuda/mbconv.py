@@ -18,9 +18,9 @@ from torch import Tensor
 from ..cache import cached
 from ..layout import empty_nhwc, nhwc, output_size
 from ..native import activation_codes
-from . import OPS, device_limits
+from . import OPS, device_limits, squeeze_excite
 from . import can_run as device_can_run
-from .mbconv_config import KERNELS, STRIDES, FusedProblem, choose, pays
+from .mbconv_config import KERNELS, STRIDES, FusedConfig, FusedProblem, choose, pays
 from .pointwise_conv import float32, product
 
 __all__ = ["can_run", "expand_depthwise", "mbconv"]
@@ -29,23 +29,28 @@ __all__ = ["can_run", "expand_depthwise", "mbconv"]
 def can_run(*arguments: Any) -> str | None:
     """None if the CUDA kernels can run the op on these arguments, else the reason why not."""
     reason = device_can_run(*arguments)
-    if reason is not None or len(arguments) == 1 or "depthwise_conv" in OPS:
+    if reason is not None or len(arguments) == 1:
         return reason
     input, expand_weight, depthwise_weight = arguments[0], arguments[1], arguments[4]
+    if arguments[7] is not None:
+        reason = squeeze_excite.can_run(input, *arguments[7:11], *arguments[19:21])
+    if reason is not None or "depthwise_conv" in OPS:
+        return reason
     if expand_weight is None:
         return "there is no depthwise_conv in CUDA C++"
-    return why_not_fused(input, expand_weight, depthwise_weight, *arguments[14:17])
+    found = fused_config(input, expand_weight, depthwise_weight, *arguments[14:17])
+    return found if isinstance(found, str) else None
 
 
-def why_not_fused(
+def fused_config(
     input: Tensor,
     expand_weight: Tensor,
     depthwise_weight: Tensor,
     stride: list[int],
     padding: list[int],
     dilation: list[int],
-) -> str | None:
-    """Why the expansion cannot run inside the depthwise convolution; None if it can."""
+) -> FusedConfig | str:
+    """How the expansion runs inside the depthwise convolution, or the reason why it cannot."""
     kernel = depthwise_weight.shape[2:]
     if kernel[0] != kernel[1] or kernel[0] not in KERNELS:
         return f"depthwise_weight is {kernel[0]}x{kernel[1]}; 3x3 and 5x5 are accepted"
@@ -53,13 +58,14 @@ def why_not_fused(
         return f"stride is {stride}; [1, 1] and [2, 2] are accepted"
     if list(dilation) != [1, 1]:
         return f"dilation is {dilation}; [1, 1] is accepted"
+    problem = _problem(input, expand_weight, kernel[0], stride, padding)
+    if problem.values() >= 2**31:
+        return f"an image has {problem.values()} values; fewer than 2^31 are accepted"
     limits = device_limits(input)
-    if choose(_problem(input, expand_weight, kernel[0], stride, padding), *limits) is None:
-        return (
-            f"a tile of {input.shape[1]} channels does not fit into the {limits[1] // 1024} KB of "
-            "shared memory that a block may have"
-        )
-    return None
+    return choose(problem, *limits) or (
+        f"a tile of {input.shape[1]} channels does not fit into the {limits[1] // 1024} KB of "
+        "shared memory that a block may have"
+    )
 
 
 def mbconv(
@@ -90,10 +96,11 @@ def mbconv(
     input = nhwc(input)
     gated = se_reduce_weight is not None
     taps = pack_taps(depthwise_weight)
-    fused = expand_weight is not None and _is_fused(
-        input, expand_weight, depthwise_weight, stride, padding, dilation
-    )
-    if expand_weight is not None and fused:
+    config = None
+    if expand_weight is not None:
+        arguments = (input, expand_weight, depthwise_weight, stride, padding, dilation)
+        config = _config_that_pays(*arguments)
+    if expand_weight is not None and config is not None:
         hidden, partial_means = expand_depthwise(
             input,
             expand_weight,
@@ -107,6 +114,7 @@ def mbconv(
             padding,
             activation,
             gated,
+            config,
         )
     else:
         from .depthwise_conv import convolve
@@ -131,10 +139,8 @@ def mbconv(
         hidden, partial_means = convolved.output, convolved.partial_means
     gate = None
     if se_reduce_weight is not None and se_expand_weight is not None:
-        from .squeeze_excite import gate as gate_of
-
         assert partial_means is not None
-        gate = gate_of(
+        gate = squeeze_excite.gate(
             partial_means,
             1 / (hidden.shape[2] * hidden.shape[3]),
             se_reduce_weight,
@@ -155,23 +161,20 @@ def mbconv(
     )
 
 
-def _is_fused(
+def _config_that_pays(
     input: Tensor,
     expand_weight: Tensor,
     depthwise_weight: Tensor,
     stride: list[int],
     padding: list[int],
     dilation: list[int],
-) -> bool:
-    if "depthwise_conv" not in OPS:
-        return True
-    arguments = (input, expand_weight, depthwise_weight, stride, padding, dilation)
-    if why_not_fused(*arguments) is not None:
-        return False
+) -> FusedConfig | None:
+    """None: a product and a depthwise convolution run in place of the fused kernel."""
+    config = fused_config(input, expand_weight, depthwise_weight, stride, padding, dilation)
+    if isinstance(config, str):
+        return None
     problem = _problem(input, expand_weight, depthwise_weight.shape[2], stride, padding)
-    config = choose(problem, *device_limits(input))
-    assert config is not None
-    return pays(problem, config)
+    return config if "depthwise_conv" not in OPS or pays(problem, config) else None
 
 
 class ExpandedDepthwise(NamedTuple):
@@ -194,6 +197,7 @@ def expand_depthwise(
     padding: list[int],
     activation: str,
     mean: bool,
+    config: FusedConfig,
 ) -> ExpandedDepthwise:
     """activation(depthwise(activation(expansion))) without the expanded tensor.
 
@@ -205,13 +209,11 @@ def expand_depthwise(
         stride: height, width.
         padding: left, right, top, bottom.
         mean: also give the sums over pixels.
+        config: see :func:`fused_config`.
     """
     expanded = expand_weight.shape[0]
     kernels = [kernel, kernel]
     size = output_size(input.shape[2:], kernels, stride, padding, [1, 1])
-    problem = _problem(input, expand_weight, kernel, stride, padding)
-    config = choose(problem, *device_limits(input))
-    assert config is not None
     output = empty_nhwc(input, expanded, *size)
     partials = None
     if mean:

@@ -33,6 +33,13 @@ class FusedProblem(NamedTuple):
     stride: int
     itemsize: int
 
+    def values(self) -> int:
+        """Of an image, at most: of the input or the output."""
+        return max(
+            self.height * self.width * self.channels,
+            self.output_height * self.output_width * self.expanded,
+        )
+
 
 class FusedConfig(NamedTuple):
     """Outputs of a block, and how many blocks share a tile's expanded channels."""
@@ -83,6 +90,7 @@ def choose(problem: FusedProblem, processors: int, shared: int) -> FusedConfig |
     return FusedConfig(height, width, min(chunks, -(-4 * processors // blocks)))
 
 
+@functools.lru_cache(maxsize=1024)
 def pays(problem: FusedProblem, config: FusedConfig) -> bool:
     """Whether the fused kernel is faster than a product and a depthwise convolution.
 
