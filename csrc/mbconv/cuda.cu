@@ -10,7 +10,7 @@
 // Moves the input once and the rim of tiles again from the L2, and the output once. B0's second
 // block (112 x 112, 16 -> 96 channels, stride 2), batch 256, 2 bytes: 103 + 154 MB, 86 us at
 // 3.0 TB/s; two kernels move 103 + 2 * 617 + 154 MB, 497 us. The instructions counted below make it
-// 280 us (mbconv_config.py), the third block (56 x 56, 24 -> 144) 210 of 244.
+// 305 us (mbconv_config.py), the third block (56 x 56, 24 -> 144) 225 of 244.
 //
 // The idea: a block has a tile of outputs of one image. The part of the input that the windows see
 // is in shared memory for all chunks of 32 expanded channels, through which the block walks; the
@@ -25,16 +25,16 @@
 // it is 21 M multiply-adds an image, 0.07 us of an H100 by mma.sync; memory takes 0.34 us an image.
 //
 // What limits are instructions (sm_90, bfloat16): 495 for a thread's 16 outputs of two channels at
-// k = 3 (of them 288 multiply-adds, 72 to unpack), 1139 at k = 5, and 310 for their activations,
-// sums and stores; with strides of 2 633 and 1314. 110 a warp for the epilogue of 16 pixels and 32
-// channels, 15 for each step of their product. SiLU takes one special function of bfloat16 in place
-// of two (`activate_as`): at two, 16 a clock and processor, it would be the limit.
+// k = 3 (of them 288 multiply-adds, 72 to unpack), 1139 at k = 5, and 330 for their SiLU, sums
+// and stores; with strides of 2 633 and 1314. 145 a warp for all that is around the product of 16
+// pixels and 32 channels, 15 for each of its steps. SiLU takes one special function of bfloat16 in
+// place of two (`activate_as`): at two, 16 a clock and processor, it would be the limit.
 //
 // Lost, by the compiler's output: taps kept in registers over several strips (spills at k = 5), the
 // tile's sizes in registers (spills; they are in shared memory now, and the threads' numbers are
-// read anew), three blocks a processor (80 registers: spills on one architecture or the other, and
-// 10 % more instructions), a store of 4 bytes an output (32 more instructions than by way of shared
-// memory to 16 bytes a lane). No GPU has run this.
+// read anew), three blocks a processor (80 registers: spills on one architecture or the other,
+// whichever way the code is turned), a store of 4 bytes an output, with an address and a mask each
+// (by way of shared memory a lane stores 16). No GPU has run this.
 //
 // Shared memory goes by the problem. 80 KB are what an early block takes on an A100; two of 113 KB
 // fit on an H100, and deep inputs (C > 100 in float32) take all of a processor's.
