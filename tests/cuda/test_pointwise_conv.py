@@ -156,7 +156,9 @@ def _check() -> None:
         assert_matches(ops.pointwise_conv, **everything(size, dtype, torch.device("cpu")))
 
 
-def test_check_passes():
+def test_check_passes(device):
+    if device.type != "cpu":
+        pytest.skip("for the emulated GPU")
     _check()
 
 
