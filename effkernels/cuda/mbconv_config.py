@@ -96,9 +96,8 @@ def pays(problem: FusedProblem, config: FusedConfig) -> bool:
 
     Each of those waits for memory, or issues as many instructions as the fused kernel does for the
     same without what tiles share or leave empty. All of it counted, nothing measured. At 2 bytes
-    that means the 3x3 blocks of B0 up to 14 x 14 pixels. A 5x5 window's arithmetic is too much of
-    its time (the block from 56 x 56 to 28 x 28 pixels is level), and of a tile of 7 x 7 a quarter
-    of the threads convolve.
+    that means the 3x3 blocks of B0 up to 14 x 14 pixels. A 5x5 window has more arithmetic and a
+    wider rim, and of a tile of 7 x 7 a quarter of the threads convolve.
     """
     inputs = problem.height * problem.width
     outputs = problem.output_height * problem.output_width
@@ -137,8 +136,8 @@ def _expansion(problem: FusedProblem) -> int:
 
 
 def _convolution(problem: FusedProblem) -> int:
-    """Instructions of a thread for two channels of 16 outputs: about 825, 960, 1470 and 1640 for kernels
-    of 3 and 5 and strides of 1 and 2."""
+    """Instructions of a thread for two channels of 16 outputs, counted in sm_90's code: about 825
+    and 1470 for kernels of 3 and 5, 960 and 1640 with strides of 2."""
     span = (_TILE - 1) * problem.stride + problem.kernel
     return _TILE**2 * (2 * problem.kernel**2 + 27) + 3 * span**2
 
