@@ -28,12 +28,6 @@ struct BatchNormActCuda {
   void* stream;
 };
 
-// A gradient in the dtype of the parameter.
-struct Written {
-  void* data = nullptr;
-  bool is_float = true;
-};
-
 struct BatchNormActBackwardCuda {
   DType dtype;              // of the tensors
   void* input_gradient;     // [rows, channels] or null

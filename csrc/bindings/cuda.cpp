@@ -19,8 +19,10 @@
 #if defined(EFFKERNELS_EMULATED)
 #include "common/emulation.h"
 #else
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
+
+// Exported by every torch with CUDA; its header declares it only where CUDA's own headers are.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 #endif
 
 namespace effkernels {
@@ -144,6 +146,21 @@ Values values_of(const char* name, const OptionalTensor& tensor, DType dtype, in
   return {tensor->const_data_ptr(), found == DType::f32};
 }
 
+// The same to be written.
+Written written_of(const char* name, const OptionalTensor& tensor, DType dtype, int64_t size) {
+  const Values values = values_of(name, tensor, dtype, size);
+  return {const_cast<void*>(values.data), values.is_float};
+}
+
+float* float_data(const OptionalTensor& tensor) {
+  return tensor ? static_cast<float*>(tensor->mutable_data_ptr()) : nullptr;
+}
+
+// Global memory for partial results; PyTorch keeps it until the stream's kernels are through.
+Tensor scratch_like(const Tensor& tensor, int64_t floats) {
+  return torch::stable::new_empty(tensor, {floats}, torch::headeronly::ScalarType::Float);
+}
+
 GateWeights gate_weights_of(const Tensor& reduce_weight, const OptionalTensor& reduce_bias,
                             const Tensor& expand_weight, const OptionalTensor& expand_bias,
                             int64_t activation, int64_t gate_activation) {
@@ -183,19 +200,122 @@ void squeeze_excite_gate(Tensor gate, Tensor mean, double factor, Tensor reduce_
        factor, device.stream()});
 }
 
-// The same to be written.
-Written written_of(const char* name, const OptionalTensor& tensor, DType dtype, int64_t size) {
-  const Values values = values_of(name, tensor, dtype, size);
-  return {const_cast<void*>(values.data), values.is_float};
+// A gradient in the dtype of its parameter.
+Written gradient_of(const char* name, const OptionalTensor& tensor, const OptionalTensor& like,
+                    DType dtype, int64_t size) {
+  STD_TORCH_CHECK(!tensor || (like && like->scalar_type() == tensor->scalar_type()),
+                  EFFKERNELS_LIBRARY, name, " has another dtype than its parameter");
+  return written_of(name, tensor, dtype, size);
 }
 
-float* float_data(const OptionalTensor& tensor) {
-  return tensor ? static_cast<float*>(tensor->mutable_data_ptr()) : nullptr;
+void squeeze_excite(Tensor output, Tensor input, Tensor reduce_weight, OptionalTensor reduce_bias,
+                    Tensor expand_weight, OptionalTensor expand_bias, int64_t activation,
+                    int64_t gate_activation) {
+  const OnDevice device(input);
+  const GateWeights weights = gate_weights_of(reduce_weight, reduce_bias, expand_weight,
+                                              expand_bias, activation, gate_activation);
+  const DType dtype = weights.dtype;
+  const Images in = images_of(input);
+  const int64_t images = in.count, rows = in.pixels(), channels = in.channels;
+  STD_TORCH_CHECK(dtype_of(input) == dtype && channels == weights.channels,
+                  EFFKERNELS_LIBRARY "squeeze_excite: the weights do not fit the input");
+  const int64_t blocks = squeeze_excite_pool_blocks(dtype, images, rows, channels, false);
+  const Tensor sums = scratch_like(input, images * blocks * channels);
+  const Tensor gate = torch::stable::new_empty(input, {images, channels});
+  squeeze_excite_pool_cuda({dtype, float_data(sums), nullptr, input.const_data_ptr(), nullptr,
+                            images, rows, channels, device.stream()});
+  squeeze_excite_gate_cuda({weights,
+                            gate.mutable_data_ptr(),
+                            {float_data(sums), true},
+                            images,
+                            blocks,
+                            1.0 / static_cast<double>(rows),
+                            device.stream()});
+  squeeze_excite_scale_cuda({dtype, writable("output", output, dtype, input.numel()),
+                             input.const_data_ptr(), gate.const_data_ptr(), nullptr, 0.0, images,
+                             rows, channels, device.stream()});
 }
 
-// Global memory for partial results; PyTorch keeps it until the stream's kernels are through.
-Tensor scratch_like(const Tensor& tensor, int64_t floats) {
-  return torch::stable::new_empty(tensor, {floats}, torch::headeronly::ScalarType::Float);
+void squeeze_excite_backward(OptionalTensor input_gradient, OptionalTensor reduce_weight_gradient,
+                             OptionalTensor reduce_bias_gradient,
+                             OptionalTensor expand_weight_gradient,
+                             OptionalTensor expand_bias_gradient, Tensor upstream, Tensor input,
+                             Tensor reduce_weight, OptionalTensor reduce_bias, Tensor expand_weight,
+                             OptionalTensor expand_bias, int64_t activation,
+                             int64_t gate_activation) {
+  const OnDevice device(input);
+  const GateWeights weights = gate_weights_of(reduce_weight, reduce_bias, expand_weight,
+                                              expand_bias, activation, gate_activation);
+  const DType dtype = weights.dtype;
+  const Images in = images_of(input);
+  const int64_t images = in.count, rows = in.pixels(), channels = in.channels;
+  const int64_t reduced = weights.reduced, vectors = images * channels;
+  STD_TORCH_CHECK(dtype_of(input) == dtype && channels == weights.channels,
+                  EFFKERNELS_LIBRARY "squeeze_excite: the weights do not fit the input");
+  const void* upstream_data = residual_of(upstream, dtype, input.numel());
+  const int64_t blocks = squeeze_excite_pool_blocks(dtype, images, rows, channels, true);
+  const Tensor sums = scratch_like(input, vectors * blocks);
+  const Tensor products = scratch_like(input, vectors * blocks);
+  const Tensor scratch =
+      scratch_like(input, squeeze_excite_gate_scratch(images, channels, reduced));
+  const double factor = 1.0 / static_cast<double>(rows);
+  OptionalTensor gate, mean_gradient;
+  if (input_gradient) {
+    gate = torch::stable::new_empty(input, {images, channels});
+    mean_gradient = scratch_like(input, vectors);
+  }
+  squeeze_excite_pool_cuda({dtype, float_data(sums), float_data(products), input.const_data_ptr(),
+                            upstream_data, images, rows, channels, device.stream()});
+  squeeze_excite_gate_backward_cuda(
+      {weights,
+       gate ? gate->mutable_data_ptr() : nullptr,
+       {float_data(sums), true},
+       {float_data(products), true},
+       images,
+       blocks,
+       factor,
+       {float_data(mean_gradient), true},
+       gradient_of("reduce_weight_gradient", reduce_weight_gradient, reduce_weight, dtype,
+                   reduced * channels),
+       gradient_of("reduce_bias_gradient", reduce_bias_gradient, reduce_bias, dtype, reduced),
+       gradient_of("expand_weight_gradient", expand_weight_gradient, expand_weight, dtype,
+                   reduced * channels),
+       gradient_of("expand_bias_gradient", expand_bias_gradient, expand_bias, dtype, channels),
+       float_data(scratch),
+       device.stream()});
+  if (!input_gradient) return;
+  squeeze_excite_scale_cuda({dtype,
+                             writable("input_gradient", *input_gradient, dtype, input.numel()),
+                             upstream_data, gate->const_data_ptr(), float_data(mean_gradient),
+                             factor, images, rows, channels, device.stream()});
+}
+
+void squeeze_excite_gate_backward(OptionalTensor mean_gradient,
+                                  OptionalTensor reduce_weight_gradient,
+                                  OptionalTensor reduce_bias_gradient,
+                                  OptionalTensor expand_weight_gradient,
+                                  OptionalTensor expand_bias_gradient, Tensor upstream, Tensor mean,
+                                  Tensor reduce_weight, OptionalTensor reduce_bias,
+                                  Tensor expand_weight, OptionalTensor expand_bias,
+                                  int64_t activation, int64_t gate_activation) {
+  const OnDevice device(mean);
+  const GateWeights weights = gate_weights_of(reduce_weight, reduce_bias, expand_weight,
+                                              expand_bias, activation, gate_activation);
+  const DType dtype = weights.dtype;
+  const int64_t images = mean.size(0), channels = weights.channels, reduced = weights.reduced;
+  const int64_t size = images * channels;
+  const Tensor scratch = scratch_like(mean, squeeze_excite_gate_scratch(images, channels, reduced));
+  squeeze_excite_gate_backward_cuda(
+      {weights, nullptr, values_of("mean", mean, dtype, size),
+       values_of("upstream", upstream, dtype, size), images, 1, 1.0,
+       gradient_of("mean_gradient", mean_gradient, mean, dtype, size),
+       gradient_of("reduce_weight_gradient", reduce_weight_gradient, reduce_weight, dtype,
+                   reduced * channels),
+       gradient_of("reduce_bias_gradient", reduce_bias_gradient, reduce_bias, dtype, reduced),
+       gradient_of("expand_weight_gradient", expand_weight_gradient, expand_weight, dtype,
+                   reduced * channels),
+       gradient_of("expand_bias_gradient", expand_bias_gradient, expand_bias, dtype, channels),
+       float_data(scratch), device.stream()});
 }
 
 void batch_norm_act(Tensor output, Tensor input, OptionalTensor residual, Tensor mean, Tensor var,
@@ -246,9 +366,7 @@ void batch_norm_act_backward(OptionalTensor input_gradient, OptionalTensor resid
   };
   const auto gradient = [&](const char* name, const OptionalTensor& tensor,
                             const OptionalTensor& like) {
-    STD_TORCH_CHECK(!tensor || (like && like->scalar_type() == tensor->scalar_type()),
-                    EFFKERNELS_LIBRARY, name, " has another dtype than its parameter");
-    return written_of(name, tensor, dtype, channels);
+    return gradient_of(name, tensor, like, dtype, channels);
   };
   const Tensor scratch =
       scratch_like(input, batch_norm_act_backward_scratch(dtype, rows, channels));
@@ -291,6 +409,21 @@ STABLE_TORCH_LIBRARY(effkernels_cuda, m) {
       "bool training, float eps, int activation) -> ()");
   m.def("squeeze_excite_fits(Tensor input, int channels, int reduced) -> bool");
   m.def(
+      "squeeze_excite(Tensor(a!) output, Tensor input, Tensor reduce_weight, Tensor? reduce_bias, "
+      "Tensor expand_weight, Tensor? expand_bias, int activation, int gate_activation) -> ()");
+  m.def(
+      "squeeze_excite_backward(Tensor(a!)? input_gradient, Tensor(b!)? reduce_weight_gradient, "
+      "Tensor(c!)? reduce_bias_gradient, Tensor(d!)? expand_weight_gradient, "
+      "Tensor(e!)? expand_bias_gradient, Tensor upstream, Tensor input, Tensor reduce_weight, "
+      "Tensor? reduce_bias, Tensor expand_weight, Tensor? expand_bias, int activation, "
+      "int gate_activation) -> ()");
+  m.def(
+      "squeeze_excite_gate_backward(Tensor(a!)? mean_gradient, "
+      "Tensor(b!)? reduce_weight_gradient, Tensor(c!)? reduce_bias_gradient, "
+      "Tensor(d!)? expand_weight_gradient, Tensor(e!)? expand_bias_gradient, Tensor upstream, "
+      "Tensor mean, Tensor reduce_weight, Tensor? reduce_bias, Tensor expand_weight, "
+      "Tensor? expand_bias, int activation, int gate_activation) -> ()");
+  m.def(
       "squeeze_excite_gate(Tensor(a!) gate, Tensor mean, float factor, Tensor reduce_weight, "
       "Tensor? reduce_bias, Tensor expand_weight, Tensor? expand_bias, int activation, "
       "int gate_activation) -> ()");
@@ -315,6 +448,9 @@ STABLE_TORCH_LIBRARY_IMPL(effkernels_cuda, CUDA, m) {
   m.impl("batch_norm_act", TORCH_BOX(&effkernels::batch_norm_act));
   m.impl("batch_norm_act_backward", TORCH_BOX(&effkernels::batch_norm_act_backward));
   m.impl("squeeze_excite_fits", TORCH_BOX(&effkernels::gate_fits));
+  m.impl("squeeze_excite", TORCH_BOX(&effkernels::squeeze_excite));
+  m.impl("squeeze_excite_backward", TORCH_BOX(&effkernels::squeeze_excite_backward));
+  m.impl("squeeze_excite_gate_backward", TORCH_BOX(&effkernels::squeeze_excite_gate_backward));
   m.impl("squeeze_excite_gate", TORCH_BOX(&effkernels::squeeze_excite_gate));
   m.impl("expand_depthwise", TORCH_BOX(&effkernels::expand_depthwise));
   m.impl("pointwise_conv", TORCH_BOX(&effkernels::pointwise_conv));

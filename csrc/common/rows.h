@@ -11,10 +11,25 @@ struct Values {
   bool is_float = true;
 };
 
+// The same to be written; null: it is not wanted.
+struct Written {
+  void* data = nullptr;
+  bool is_float = true;
+};
+
 template <class T>
 __device__ inline float value_at(const Values& values, int64_t index) {
   return values.is_float ? static_cast<const float*>(values.data)[index]
                          : to_float(static_cast<const T*>(values.data)[index]);
+}
+
+template <class T>
+__device__ inline void write_value(const Written& to, int64_t index, float value) {
+  if (to.is_float) {
+    static_cast<float*>(to.data)[index] = value;
+  } else {
+    static_cast<T*>(to.data)[index] = from_float<T>(value);
+  }
 }
 
 // As `load`, but as they lie in memory, so that several can be under way at once.
@@ -38,6 +53,22 @@ __device__ inline Words load_first(const T* from, int count, bool aligned) {
     }
   }
   return words;
+}
+
+template <bool kValue>
+struct BoolConstant {
+  __host__ __device__ constexpr operator bool() const { return kValue; }
+};
+
+// Calls f(constant that is `aligned`): one branch around all the accesses of a step, which follow
+// each other without one then.
+template <class F>
+__device__ inline void with_alignment(bool aligned, F&& f) {
+  if (aligned) {
+    f(BoolConstant<true>{});
+  } else {
+    f(BoolConstant<false>{});
+  }
 }
 
 // Of a vector as `load_first` gave it, to global memory.
@@ -141,6 +172,40 @@ __device__ inline void load_part(const float* table, int row, const Tiles& tiles
   const Words words = load_words(table + at * 4);
 #pragma unroll
   for (int i = 0; i < 4; i++) values[i] = words.value[i];
+}
+
+// Sums table[lane][column] over the lanes into table[0]: by all threads, in a fixed order; column c
+// is complete for thread c.
+template <int kThreads>
+__device__ inline void merge_lanes(float* table, int lanes, int columns) {
+  const int thread = static_cast<int>(threadIdx.x), most = kThreads / columns;
+  const int parts = most < lanes ? (most > 1 ? most : 1) : lanes;
+  const int part = thread / columns;
+  __syncthreads();
+  if (part < parts) {
+    float sum = table[thread];
+    for (int lane = part + parts; lane < lanes; lane += parts) {
+      sum += table[thread + (lane - part) * columns];
+    }
+    table[thread] = sum;
+  }
+  __syncthreads();
+  if (thread < columns) {
+    float sum = table[thread];
+    for (int other = 1; other < parts; other++) sum += table[other * columns + thread];
+    table[thread] = sum;
+  }
+}
+
+template <class T>
+__device__ inline void store_floats(float* to, const float (&values)[kVector<T>]) {
+#pragma unroll
+  for (int i = 0; i < kVector<T>; i += 4) {
+    Words words;
+#pragma unroll
+    for (int j = 0; j < 4; j++) words.value[j] = values[i + j];
+    store_words(to + i, words);
+  }
 }
 
 }  // namespace effkernels

@@ -1,286 +1,185 @@
+// mean[n, c]   = sum over pixels of input[n, c] / (H * W)
+// gate[n]      = gate_activation(expand * activation(reduce * mean[n] + reduce_bias) + expand_bias)
+// output[n, c] = gate[n, c] * input[n, c]
+//
+// Tensors are [images, rows, channels], rows are pixels: NHWC. Three launches: partial sums, the
+// gate (cuda_gate.h), the product. The gradient takes four: sums of input and of upstream * input
+// in one reading, two for the gate's (cuda_gate_gradient.h), and input_gradient = gate * upstream +
+// mean_gradient / (H * W).
+//
+// Moves: forward 3, backward 4 tensors' bytes. B0's largest at batch 256 (96 channels, 56 x 56,
+// bfloat16: 154 MB) on an H100 at 3.0 TB/s: 0.15 and 0.21 ms. MBConv does without all of that: its
+// depthwise convolution gives the partial sums, and its projection multiplies with the gate.
+//
+// A thread has one 16-byte vector of channels in every row it sees (common/rows.h) and 4 loads
+// under way: at 32 warps 64 KB a processor, where 3.0 TB/s at 600 ns need 14. As compiled for
+// sm_90, bfloat16: sums 48 and 56 registers, product 64. No GPU has run this.
+//
+// promise: pool_kernel<.*> threads 256, shared 16384, warps 32, loads 16
+// promise: scale_kernel<.*> threads 256, shared 0, warps 32, loads 16, stores 16
 #include "common/cuda.h"
 #include "common/rows.h"
 #include "squeeze_excite/cuda.h"
+#include "squeeze_excite/cuda_gate.h"
+#include "squeeze_excite/cuda_gate_gradient.h"
 
 namespace effkernels {
 namespace {
 
-constexpr int kThreads = 512, kWarps = kThreads / kWarp;
-constexpr int kRows = 4;   // of the first matrix that a warp multiplies at once
-constexpr int kSteps = 4;  // channels of the second matrix that a lane has under way
+constexpr int kThreads = 256;
+constexpr int kWidest = 32;  // vectors of a row that a block takes: 512 bytes
+constexpr int kUnroll = 4;   // accesses under way per thread
 
-// ---- Vectors in shared memory. Lanes that read 8 floats each, next to each other, would meet in
-// the banks: the first four of every eight lie in one plane, the others in a second one.
-
-template <class T>
-__device__ inline int place(int index, int padded) {
-  if constexpr (kVector<T> == 4) return index;
-  return index / 8 * 4 + index % 4 + (index % 8 / 4) * (padded / 2);
-}
+// ---- Sums over the pixels
 
 template <class T>
-__device__ inline void load_planes(const float* vector, int padded, int v,
-                                   float (&values)[kVector<T>]) {
-#pragma unroll
-  for (int half = 0; half < kVector<T> / 4; half++) {
-    const Words words = load_words(vector + half * (padded / 2) + v * 4);
-#pragma unroll
-    for (int i = 0; i < 4; i++) values[4 * half + i] = words.value[i];
-  }
-}
-
-template <class T>
-struct Gate {
-  T* gate;
-  Values mean;
-  const T* reduce_weight;
-  Values reduce_bias;
-  const T* expand_weight;
-  Values expand_bias;
-  int images, blocks, channels, reduced;
-  float factor;
-  Activation activation, gate_activation;
-  bool mean_aligned, reduce_aligned, expand_aligned;
-  int parts;          // threads that share the partial sums of a channel
-  int splits;         // warps that share a row of the first matrix
-  int lanes;          // that share a row of the second matrix: 4, 8, 16 or 32
-  int slices, slice;  // blocks that share the channels, channels of each
-
-  __host__ __device__ int padded() const {
-    return (channels + kVector<T> - 1) / kVector<T> * kVector<T>;
-  }
-  __host__ __device__ int padded_reduced() const {
-    return (reduced + kVector<T> - 1) / kVector<T> * kVector<T>;
-  }
-  // Floats of shared memory: the means, the hidden vectors, what threads add up.
-  __host__ __device__ int scratch(int images_per_block) const {
-    const int sums = parts > 1 ? parts * images_per_block * padded() : 0;
-    const int products = splits * images_per_block * reduced;
-    return sums > products ? sums : products;
-  }
+struct Pool {
+  float* sums;      // [images, blocks, channels]: of input
+  float* products;  // the same, of upstream * input
+  const T* input;   // [images, rows, channels]
+  const T* upstream;
+  int64_t rows;
+  int block_rows, blocks;
+  Tiles tiles;
+  bool aligned;
 };
 
-// mean[image][place(c)] of kImages images from `first` on, zero where there is none.
-template <class T, int kImages>
-__device__ inline void load_means(const Gate<T>& args, int first, float* mean, float* scratch) {
-  const int padded = args.padded(), quads = padded / 4, items = kImages * quads;
-  const int channels = args.channels;
-  for (int i = threadIdx.x; i < items * args.parts; i += kThreads) {
-    const int part = i / items, item = i - part * items;
-    const int image = item / quads, c = (item - image * quads) * 4;
-    float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    if (first + image < args.images) {
-      const int64_t base = int64_t{first + image} * args.blocks * channels + c;
-      if (args.mean_aligned && c < channels) {
-        const float* from = static_cast<const float*>(args.mean.data) + base;
-#pragma unroll 4
-        for (int b = part; b < args.blocks; b += args.parts) {
-          const Words words = load_words(from + int64_t{b} * channels);
+template <class T, bool kProducts>
+__global__ void __launch_bounds__(kThreads, 4) pool_kernel(Pool<T> args) {
+  constexpr int kV = kVector<T>, kRows = kProducts ? kUnroll / 2 : kUnroll;
+  const Tiles& tiles = args.tiles;
+  const int chunk = static_cast<int>(blockIdx.x) % tiles.chunks;
+  const int rest = static_cast<int>(blockIdx.x) / tiles.chunks;
+  const int block = rest % args.blocks, image = rest / args.blocks;
+  const Lane lane = lane_of<T>(tiles, chunk);
+  const int64_t first = int64_t{block} * args.block_rows, after = args.rows - first;
+  const int rows = after < args.block_rows ? static_cast<int>(after) : args.block_rows;
+  int64_t at = (image * args.rows + first + lane.row) * tiles.channels + lane.c;
+  const int stride = tiles.lanes * tiles.channels;
+
+  float sum[kV] = {}, product[kV] = {};
+  if (lane.count > 0) {
+    for (int row = lane.row; row < rows; row += kRows * tiles.lanes) {
+      Words words[kRows], upstream[kRows];
+      with_alignment(args.aligned, [&](auto aligned) {
 #pragma unroll
-          for (int j = 0; j < 4; j++) sum[j] += words.value[j];
+        for (int u = 0; u < kRows; u++) {  // zero past the last row
+          const int count = row + u * tiles.lanes < rows ? lane.count : 0;
+          words[u] = load_first(args.input + at + u * stride, count, aligned);
+          if (kProducts) upstream[u] = load_first(args.upstream + at + u * stride, count, aligned);
         }
-      } else {
-#pragma unroll 2
-        for (int b = part; b < args.blocks; b += args.parts) {
+      });
+      at += kRows * stride;
 #pragma unroll
-          for (int j = 0; j < 4; j++) {
-            if (c + j < channels)
-              sum[j] += value_at<T>(args.mean, base + int64_t{b} * channels + j);
-          }
+      for (int u = 0; u < kRows; u++) {
+        float x[kV], t[kV];
+        unpack<T>(words[u], x);
+        if (kProducts) unpack<T>(upstream[u], t);
+#pragma unroll
+        for (int i = 0; i < kV; i++) {
+          sum[i] += x[i];
+          if (kProducts) product[i] += x[i] * t[i];
         }
       }
     }
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-      if (args.parts == 1) {
-        mean[image * padded + place<T>(c + j, padded)] = sum[j] * args.factor;
-      } else {
-        scratch[(part * kImages + image) * padded + c + j] = sum[j];
-      }
-    }
   }
-  __syncthreads();
-  if (args.parts == 1) return;
-  for (int i = threadIdx.x; i < kImages * padded; i += kThreads) {
-    float sum = 0.0f;
-    for (int part = 0; part < args.parts; part++) sum += scratch[part * kImages * padded + i];
-    const int image = i / padded;
-    mean[image * padded + place<T>(i - image * padded, padded)] = sum * args.factor;
+
+  const int columns = tiles.width * kV, thread = static_cast<int>(threadIdx.x);
+  float* sums = reinterpret_cast<float*>(dynamic_shared());
+  float* products = sums + tiles.lanes * columns;
+  if (lane.row < tiles.lanes) {
+    store_floats<T>(sums + lane.row * columns + lane.v * kV, sum);
+    if (kProducts) store_floats<T>(products + lane.row * columns + lane.v * kV, product);
   }
-  __syncthreads();
+  merge_lanes<kThreads>(sums, tiles.lanes, columns);
+  if (kProducts) merge_lanes<kThreads>(products, tiles.lanes, columns);
+  const int c = chunk * columns + thread;
+  if (thread < columns && c < tiles.channels) {
+    const int64_t to = int64_t{rest} * tiles.channels + c;
+    args.sums[to] = sums[thread];
+    if (kProducts) args.products[to] = products[thread];
+  }
 }
 
-// The first matrix times the means: scratch[split][image][r], to be added up. The means are made
-// while the first rows are on their way.
-template <class T, int kImages>
-__device__ inline void multiply_means(const Gate<T>& args, int first, float* mean, float* scratch) {
-  const int lane = threadIdx.x % kWarp, padded = args.padded(), vectors = padded / kVector<T>;
-  const int groups = (args.reduced + kRows - 1) / kRows;
-  const int span = ((vectors + args.splits - 1) / args.splits + kWarp - 1) / kWarp * kWarp;
-  const auto fetch = [&](int task, int start, Words(&words)[kRows]) {
-    const int r = task % groups * kRows, v = start + lane;
+// ---- The product with the gate
+
+template <class T>
+struct Scale {
+  T* output;            // [images, rows, channels]
+  const T* input;       // [images, rows, channels]
+  const T* gate;        // [images, channels]
+  const float* offset;  // [images, channels], or null
+  float factor;         // of the offset
+  int64_t rows;
+  int steps, blocks;
+  Tiles tiles;
+  bool aligned;
+};
+
+// output = gate * input + factor * offset
+template <class T>
+__global__ void __launch_bounds__(kThreads, 4) scale_kernel(Scale<T> args) {
+  constexpr int kV = kVector<T>;
+  const Tiles& tiles = args.tiles;
+  const int chunk = static_cast<int>(blockIdx.x) % tiles.chunks;
+  const int rest = static_cast<int>(blockIdx.x) / tiles.chunks;
+  const int block = rest % args.blocks, image = rest / args.blocks;
+  const Lane lane = lane_of<T>(tiles, chunk);
+  if (lane.count == 0) return;
+  const int most = args.steps * kUnroll * tiles.lanes;
+  const int64_t first = int64_t{block} * most + lane.row, after = args.rows - first;
+  const int left = after < most ? static_cast<int>(after) : most;
+  int64_t at = (image * args.rows + first) * tiles.channels + lane.c;
+  const int stride = tiles.lanes * tiles.channels;
+
+  Words words[kUnroll];
+  const auto fetch = [&](int done) {
+    with_alignment(args.aligned, [&](auto aligned) {
 #pragma unroll
-    for (int i = 0; i < kRows; i++) {
-      const int count = r + i < args.reduced ? args.channels - v * kVector<T> : 0;
-      words[i] = load_first(args.reduce_weight + int64_t{r + i} * args.channels + v * kVector<T>,
-                            count, args.reduce_aligned);
-    }
+      for (int u = 0; u < kUnroll; u++) {
+        const int count = done + u * tiles.lanes < left ? lane.count : 0;
+        words[u] = load_first(args.input + at + u * stride, count, aligned);
+      }
+    });
   };
-  int task = static_cast<int>(threadIdx.x) / kWarp;
-  Words following[kRows];
-  if (task < groups * args.splits) fetch(task, task / groups * span, following);
-  load_means<T, kImages>(args, first, mean, scratch);
-  for (; task < groups * args.splits; task += kWarps) {
-    const int split = task / groups, begin = split * span;
-    const int end = begin + span < vectors ? begin + span : vectors;
-    if (task >= kWarps) fetch(task, begin, following);
-    float sum[kRows][kImages] = {};
-    for (int start = begin; start < end; start += kWarp) {
-      float weight[kRows][kVector<T>];
+  fetch(0);
+  const int64_t vector = int64_t{image} * tiles.channels + lane.c;
+  float gate[kV], offset[kV];
+  unpack<T>(load_first(args.gate + vector, lane.count, args.aligned), gate);
 #pragma unroll
-      for (int i = 0; i < kRows; i++) unpack<T>(following[i], weight[i]);
-      if (start + kWarp < end) fetch(task, start + kWarp, following);
-      if (start + lane < vectors) {
+  for (int i = 0; i < kV; i++) {
+    offset[i] = args.offset && i < lane.count ? args.factor * args.offset[vector + i] : 0.0f;
+  }
+  for (int done = 0; done < left;) {
+    with_alignment(args.aligned, [&](auto aligned) {
 #pragma unroll
-        for (int image = 0; image < kImages; image++) {
-          float values[kVector<T>];
-          load_planes<T>(mean + image * padded, padded, start + lane, values);
+      for (int u = 0; u < kUnroll; u++) {
+        float values[kV];
+        unpack<T>(words[u], values);
 #pragma unroll
-          for (int i = 0; i < kRows; i++) {
-#pragma unroll
-            for (int j = 0; j < kVector<T>; j++) sum[i][image] += weight[i][j] * values[j];
-          }
-        }
+        for (int i = 0; i < kV; i++) values[i] = values[i] * gate[i] + offset[i];
+        const int count = done + u * tiles.lanes < left ? lane.count : 0;
+        store_first(args.output + at + u * stride, count, aligned, pack<T>(values));
       }
-    }
-#pragma unroll
-    for (int i = 0; i < kRows; i++) {
-      const int r = task % groups * kRows + i;
-#pragma unroll
-      for (int image = 0; image < kImages; image++) {
-        const float total = warp_sum(sum[i][image]);
-        if (lane == 0 && r < args.reduced) {
-          scratch[(split * kImages + image) * args.reduced + r] = total;
-        }
-      }
-    }
+    });
+    done += kUnroll * tiles.lanes;
+    at += kUnroll * stride;
+    if (done < left) fetch(done);
   }
 }
 
-// hidden[image][place(r)] = activation of the sum of what `multiply_means` left, zero past the end.
-// `use` gets (image, r, before the activation, after it), too.
-template <class T, int kImages, class F>
-__device__ inline void activate_hidden(const Gate<T>& args, const float* scratch, float* hidden,
-                                       F&& use) {
-  const int reduced = args.reduced, padded = args.padded_reduced();
-  for (int i = threadIdx.x; i < kImages * padded; i += kThreads) {
-    const int image = i / padded, r = i - image * padded;
-    float value = 0.0f;
-    if (r < reduced) {
-      for (int split = 0; split < args.splits; split++) {
-        value += scratch[(split * kImages + image) * reduced + r];
-      }
-      if (args.reduce_bias.data) value += value_at<T>(args.reduce_bias, r);
-      float activated[1] = {value};
-      activate_all(args.activation, activated);
-      use(image, r, value, activated[0]);
-      value = activated[0];
-    }
-    hidden[image * padded + place<T>(r, padded)] = value;
-  }
+// ---- Launches
+
+unsigned blocks_of(int64_t blocks) {
+  if (blocks > 0x7fffffff) throw std::invalid_argument("squeeze_excite: input is too large");
+  return static_cast<unsigned>(blocks);
 }
 
-// Calls finish(c, sums of kImages images) with the second matrix times `hidden` for each channel
-// of [begin, end), by one thread each. `wait` is called when the first rows are on their way.
-template <class T, int kImages, class Wait, class F>
-__device__ inline void multiply_hidden(const Gate<T>& args, const float* hidden, int begin, int end,
-                                       Wait&& wait, F&& finish) {
-  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = threadIdx.x % kWarp;
-  const int reduced = args.reduced, padded = args.padded_reduced(), vectors = padded / kVector<T>;
-  const int lanes = args.lanes, rows = kWarp / lanes, own = lane % lanes, group = lane / lanes;
-  const auto fetch = [&](int base, int start, Words(&words)[kSteps]) {
-    const int at = (start + own) * kVector<T>;
-#pragma unroll
-    for (int step = 0; step < kSteps; step++) {
-      const int c = base + step * rows + group;
-      words[step] = load_first(args.expand_weight + int64_t{c} * reduced + at,
-                               c < end ? reduced - at : 0, args.expand_aligned);
-    }
-  };
-  Words words[kSteps];
-  int base = begin + warp * kSteps * rows;
-  fetch(base, 0, words);
-  wait();
-  for (bool first = true; base < end; base += kWarps * kSteps * rows, first = false) {
-    float sum[kSteps][kImages] = {};
-    for (int start = 0; start < vectors; start += lanes) {
-      if (!first || start > 0) fetch(base, start, words);
-      if (start + own < vectors) {
-#pragma unroll
-        for (int image = 0; image < kImages; image++) {
-          float values[kVector<T>];
-          load_planes<T>(hidden + image * padded, padded, start + own, values);
-#pragma unroll
-          for (int step = 0; step < kSteps; step++) {
-            float weight[kVector<T>];
-            unpack<T>(words[step], weight);
-#pragma unroll
-            for (int j = 0; j < kVector<T>; j++) sum[step][image] += weight[j] * values[j];
-          }
-        }
-      }
-    }
-    // Each lane gives away half of its channels and adds to the others, twice: three shuffles for
-    // four channels where one by one they would take eight.
-    float total[kImages];
-#pragma unroll
-    for (int image = 0; image < kImages; image++) {
-      float half[2];
-#pragma unroll
-      for (int k = 0; k < 2; k++) {
-        const float kept = lane & 1 ? sum[k + 2][image] : sum[k][image];
-        const float given = lane & 1 ? sum[k][image] : sum[k + 2][image];
-        half[k] = kept + __shfl_xor_sync(kAllLanes, given, 1);
-      }
-      const float kept = lane & 2 ? half[1] : half[0], given = lane & 2 ? half[0] : half[1];
-      total[image] = kept + __shfl_xor_sync(kAllLanes, given, 2);
-      for (int distance = 4; distance < lanes; distance *= 2) {
-        total[image] += __shfl_xor_sync(kAllLanes, total[image], distance);
-      }
-    }
-    const int c = base + ((lane & 1) * 2 + (lane & 2) / 2) * rows + group;
-    if (own < 4 && c < end) finish(c, total);
-  }
-}
-
-template <class T, int kImages>
-__global__ void __launch_bounds__(kThreads) gate_kernel(Gate<T> args) {
-  float* mean = reinterpret_cast<float*>(dynamic_shared());
-  float* hidden = mean + kImages * args.padded();
-  float* scratch = hidden + kImages * args.padded_reduced();
-  const int slice = static_cast<int>(blockIdx.x) % args.slices;
-  const int first = static_cast<int>(blockIdx.x) / args.slices * kImages;
-  const int begin = slice * args.slice;
-  const int end = begin + args.slice < args.channels ? begin + args.slice : args.channels;
-
-  multiply_means<T, kImages>(args, first, mean, scratch);
-  const auto wait = [&] {
-    __syncthreads();
-    activate_hidden<T, kImages>(args, scratch, hidden, [](int, int, float, float) {});
-    __syncthreads();
-  };
-  multiply_hidden<T, kImages>(args, hidden, begin, end, wait, [&](int c, float (&values)[kImages]) {
-    const float bias = args.expand_bias.data ? value_at<T>(args.expand_bias, c) : 0.0f;
-#pragma unroll
-    for (int image = 0; image < kImages; image++) values[image] += bias;
-    activate_all(args.gate_activation, values);
-#pragma unroll
-    for (int image = 0; image < kImages; image++) {
-      if (first + image < args.images) {
-        args.gate[int64_t{first + image} * args.channels + c] = from_float<T>(values[image]);
-      }
-    }
-  });
+Partials partials_of(const Values& sums, int64_t blocks, double factor, int64_t channels,
+                     int64_t items) {
+  return {sums, static_cast<float>(factor), static_cast<int>(blocks),
+          static_cast<int>(max_of(1, min_of(blocks, kGateThreads / items))),
+          sums.is_float && channels % 4 == 0 && is_aligned(sums.data)};
 }
 
 template <class T>
@@ -289,26 +188,22 @@ Gate<T> gate_of(const GateWeights& weights, const Values& mean, int64_t images, 
   constexpr int kV = kVector<T>;
   Gate<T> args;
   args.gate = nullptr;
-  args.mean = mean;
   args.reduce_weight = static_cast<const T*>(weights.reduce_weight);
   args.reduce_bias = weights.reduce_bias;
   args.expand_weight = static_cast<const T*>(weights.expand_weight);
   args.expand_bias = weights.expand_bias;
   args.images = static_cast<int>(images);
-  args.blocks = static_cast<int>(blocks);
   args.channels = static_cast<int>(weights.channels);
   args.reduced = static_cast<int>(weights.reduced);
-  args.factor = static_cast<float>(factor);
   args.activation = weights.activation;
   args.gate_activation = weights.gate_activation;
-  args.mean_aligned = mean.is_float && weights.channels % 4 == 0 && is_aligned(mean.data);
   args.reduce_aligned = weights.channels % kV == 0 && is_aligned(weights.reduce_weight);
   args.expand_aligned = weights.reduced % kV == 0 && is_aligned(weights.expand_weight);
   const int64_t items = int64_t{images_per_block} * args.padded() / 4;
-  args.parts = static_cast<int>(max_of(1, min_of(blocks, kThreads / items)));
+  args.mean = partials_of(mean, blocks, factor, weights.channels, items);
   const int64_t groups = ceil_div(weights.reduced, kRows);
   const int64_t steps = ceil_div(args.padded() / kV, kWarp);
-  args.splits = static_cast<int>(max_of(1, min_of(kWarps / groups, steps)));
+  args.splits = static_cast<int>(max_of(1, min_of(kGateWarps / groups, steps)));
   args.lanes = 4;
   while (args.lanes < kWarp && args.lanes * kV < args.reduced) args.lanes *= 2;
   args.slices = 1;
@@ -316,10 +211,24 @@ Gate<T> gate_of(const GateWeights& weights, const Values& mean, int64_t images, 
   return args;
 }
 
+// Bytes of shared memory: vectors, and what threads add up.
 template <class T>
-int64_t shared_bytes(const Gate<T>& args, int images_per_block) {
-  const int64_t vectors = images_per_block * (int64_t{args.padded()} + args.padded_reduced());
-  return 4 * (vectors + args.scratch(images_per_block));
+int64_t shared_bytes(const Gate<T>& args, int images) {
+  const int64_t sums = args.mean.parts > 1 ? int64_t{args.mean.parts} * images * args.padded() : 0;
+  const int64_t products = int64_t{args.splits} * images * args.reduced;
+  const int64_t vectors = images * (int64_t{args.padded()} + args.padded_reduced());
+  return 4 * (vectors + max_of(sums, products));
+}
+
+template <class T>
+int64_t gradient_bytes(const HiddenGradient<T>& args) {
+  const Gate<T>& gate = args.gate;
+  const int64_t parts = max_of(gate.mean.parts, args.upstream.parts);
+  const int64_t sums = parts > 1 ? parts * kGradientImages * gate.padded() : 0;
+  const int64_t products = int64_t{gate.splits} * kGradientImages * gate.reduced;
+  const int64_t warps = int64_t{kGateWarps} * kGradientImages * gate.lanes * kVector<T>;
+  const int64_t vectors = int64_t{2} * kGradientImages * (gate.padded() + gate.padded_reduced());
+  return 4 * (vectors + max_of(sums, max_of(products, warps)));
 }
 
 template <class T, int kImages>
@@ -333,18 +242,176 @@ void run_gate(const SqueezeExciteGateCuda& args) {
   const int64_t slice = max_of(64, round_up(ceil_div(gate.channels, wanted), 16));
   gate.slice = static_cast<int>(min_of(slice, gate.channels));
   gate.slices = static_cast<int>(ceil_div(gate.channels, gate.slice));
-  launch(gate_kernel<T, kImages>, dim3(static_cast<unsigned>(groups * gate.slices)), kThreads,
+  launch(gate_kernel<T, kImages>, dim3(blocks_of(groups * gate.slices)), kGateThreads,
          shared_bytes(gate, kImages), args.stream, gate);
 }
 
 constexpr int kManyImages = 4;  // of a block, where there are enough
 
+struct Shares {
+  Tiles tiles;
+  int block_rows, blocks;  // of an image
+};
+
+template <class T>
+Shares shares_of_images(int64_t images, int64_t rows, int64_t channels, int unroll) {
+  const Tiles tiles = tiles_of<T>(channels, kThreads, kWidest);
+  const int64_t step = int64_t{unroll} * tiles.lanes;
+  // One block an image if that gives every processor its four; else a few that share the pixels.
+  const int64_t wanted =
+      ceil_div(int64_t{4} * device_properties().processors, max_of(1, images * tiles.chunks));
+  const int64_t block_rows = max_of(1, ceil_div(ceil_div(rows, wanted), step)) * step;
+  if (block_rows > 1 << 30) throw std::invalid_argument("squeeze_excite: input is too large");
+  return {tiles, static_cast<int>(block_rows),
+          static_cast<int>(max_of(1, ceil_div(rows, block_rows)))};
+}
+
+int64_t stride_of(int64_t size) { return round_up(size, 4); }
+
+template <class T>
+void run_gate_backward(const SqueezeExciteGateBackwardCuda& args) {
+  const GateWeights& weights = args.weights;
+  const int64_t images = args.images, channels = weights.channels, reduced = weights.reduced;
+  HiddenGradient<T> problem;
+  problem.gate = gate_of<T>(weights, args.mean, images, args.blocks, args.factor, kGradientImages);
+  problem.gate.gate = static_cast<T*>(args.gate);
+  problem.upstream = partials_of(args.upstream, args.blocks, 1.0, channels,
+                                 int64_t{kGradientImages} * problem.gate.padded() / 4);
+  const int64_t stride = stride_of(reduced), image_stride = stride_of(images);
+  problem.mean = args.scratch;
+  problem.expanded = problem.mean + round_up(images * channels, 4);
+  problem.hidden = problem.expanded + round_up(images * channels, 4);
+  problem.gradient = problem.hidden + images * stride;
+  problem.transposed = problem.gradient + images * stride;
+  problem.stride = static_cast<int>(stride);
+  problem.image_stride = static_cast<int>(image_stride);
+  launch(hidden_gradient_kernel<T>, dim3(blocks_of(ceil_div(images, kGradientImages))),
+         kGateThreads, gradient_bytes(problem), args.stream, problem);
+
+  const int n = static_cast<int>(images), c = static_cast<int>(channels);
+  const int r = static_cast<int>(reduced);
+  Product reduce, expand, mean;
+  reduce.a = problem.gradient;
+  reduce.b = {problem.mean, true};
+  reduce.a_stride = problem.stride;
+  reduce.b_stride = c;
+  reduce.k = n;
+  reduce.i = r;
+  reduce.j = c;
+  reduce.output = args.reduce_weight_gradient;
+  reduce.bias = args.reduce_bias_gradient;
+  expand.a = problem.expanded;
+  expand.b = {problem.hidden, true};
+  expand.a_stride = c;
+  expand.b_stride = problem.stride;
+  expand.k = n;
+  expand.i = c;
+  expand.j = r;
+  expand.output = args.expand_weight_gradient;
+  expand.bias = args.expand_bias_gradient;
+  mean.a = problem.transposed;
+  mean.b = {weights.reduce_weight, weights.dtype == DType::f32};
+  mean.a_stride = problem.image_stride;
+  mean.b_stride = c;
+  mean.k = r;
+  mean.i = n;
+  mean.j = c;
+  mean.output = args.mean_gradient;
+  Products products = {{reduce, expand, mean}};
+  int64_t blocks = 0;
+  for (Product& product : products.products) {
+    const int64_t columns = product.output.data ? ceil_div(product.j, kTile)
+                            : product.bias.data ? 1
+                                                : 0;
+    product.blocks = static_cast<int>(ceil_div(product.i, kTile) * columns);
+    blocks += product.blocks;
+  }
+  launch(products_kernel<T>, dim3(blocks_of(blocks)), kProductThreads, kProductBytes, args.stream,
+         products);
+}
+
+template <class T>
+void run_pool(const SqueezeExcitePoolCuda& args, bool products) {
+  const Shares shares =
+      shares_of_images<T>(args.images, args.rows, args.channels, products ? kUnroll / 2 : kUnroll);
+  const Tiles& tiles = shares.tiles;
+  const Pool<T> pool = {
+      args.sums,
+      args.products,
+      static_cast<const T*>(args.input),
+      static_cast<const T*>(args.upstream),
+      args.rows,
+      shares.block_rows,
+      shares.blocks,
+      tiles,
+      args.channels % kVector<T> == 0 && is_aligned(args.input) && is_aligned(args.upstream)};
+  const dim3 grid(blocks_of(args.images * shares.blocks * tiles.chunks));
+  const int64_t shared = int64_t{4} * (products ? 2 : 1) * tiles.lanes * tiles.width * kVector<T>;
+  if (products) {
+    launch(pool_kernel<T, true>, grid, kThreads, shared, args.stream, pool);
+  } else {
+    launch(pool_kernel<T, false>, grid, kThreads, shared, args.stream, pool);
+  }
+}
+
+template <class T>
+void run_scale(const SqueezeExciteScaleCuda& args) {
+  const Tiles tiles = tiles_of<T>(args.channels, kThreads, kWidest);
+  // Up to 8 steps a block load the gate less often, as long as every processor has some 16 blocks.
+  const int64_t step = int64_t{kUnroll} * tiles.lanes;
+  const int64_t most = ceil_div(args.rows, step), all = args.images * most * tiles.chunks;
+  const int64_t steps =
+      max_of(1, min_of(min_of(8, most), all / (16 * int64_t{device_properties().processors})));
+  const int64_t blocks = ceil_div(args.rows, steps * step);
+  const Scale<T> scale = {static_cast<T*>(args.output),
+                          static_cast<const T*>(args.input),
+                          static_cast<const T*>(args.gate),
+                          args.offset,
+                          static_cast<float>(args.factor),
+                          args.rows,
+                          static_cast<int>(steps),
+                          static_cast<int>(blocks),
+                          tiles,
+                          args.channels % kVector<T> == 0 && is_aligned(args.input) &&
+                              is_aligned(args.output) && is_aligned(args.gate)};
+  launch(scale_kernel<T>, dim3(blocks_of(args.images * blocks * tiles.chunks)), kThreads, 0,
+         args.stream, scale);
+}
+
 }  // namespace
 
 bool squeeze_excite_fits(int64_t channels, int64_t reduced) {
-  // Means and hidden vectors, and sums of both by several threads, where these are short.
-  const int64_t floats = channels + 2 * reduced + 4 * kThreads + 64;
-  return 4 * floats <= device_properties().shared_memory;
+  // What the gradient's kernel takes at most (see gradient_bytes).
+  const int64_t vectors = 2 * kGradientImages * (channels + reduced + 16);
+  const int64_t sums = max_of(4 * kGateThreads, kGateWarps * kGradientImages * kWarp * 8);
+  return 4 * (vectors + sums) <= device_properties().shared_memory;
+}
+
+int64_t squeeze_excite_pool_blocks(DType dtype, int64_t images, int64_t rows, int64_t channels,
+                                   bool products) {
+  int64_t blocks = 0;
+  with_dtype(dtype, [&](auto value) {
+    blocks =
+        shares_of_images<decltype(value)>(images, rows, channels, products ? kUnroll / 2 : kUnroll)
+            .blocks;
+  });
+  return blocks;
+}
+
+int64_t squeeze_excite_gate_scratch(int64_t images, int64_t channels, int64_t reduced) {
+  return 2 * round_up(images * channels, 4) + 2 * images * stride_of(reduced) +
+         reduced * stride_of(images);
+}
+
+void squeeze_excite_pool_cuda(const SqueezeExcitePoolCuda& args) {
+  if (args.images == 0 || args.channels == 0) return;
+  with_dtype(args.dtype,
+             [&](auto value) { run_pool<decltype(value)>(args, args.products != nullptr); });
+}
+
+void squeeze_excite_scale_cuda(const SqueezeExciteScaleCuda& args) {
+  if (args.images == 0 || args.rows == 0 || args.channels == 0) return;
+  with_dtype(args.dtype, [&](auto value) { run_scale<decltype(value)>(args); });
 }
 
 void squeeze_excite_gate_cuda(const SqueezeExciteGateCuda& args) {
@@ -361,6 +428,11 @@ void squeeze_excite_gate_cuda(const SqueezeExciteGateCuda& args) {
       run_gate<T, 1>(args);
     }
   });
+}
+
+void squeeze_excite_gate_backward_cuda(const SqueezeExciteGateBackwardCuda& args) {
+  if (args.weights.channels == 0) return;
+  with_dtype(args.weights.dtype, [&](auto value) { run_gate_backward<decltype(value)>(args); });
 }
 
 }  // namespace effkernels

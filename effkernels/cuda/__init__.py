@@ -25,9 +25,10 @@ OPS = {
     "mbconv": "mbconv",
     "pointwise_conv": "pointwise_conv",
     "silu": "silu",
+    "squeeze_excite": "squeeze_excite",
     "squeeze_excite_gate": "squeeze_excite",
 }
-_WITHOUT_BACKWARD: frozenset[str] = frozenset({"mbconv", "pointwise_conv", "squeeze_excite_gate"})
+_WITHOUT_BACKWARD: frozenset[str] = frozenset({"mbconv", "pointwise_conv"})
 
 # Ops whose CUDA C++ comes before Triton's in "auto".
 BEFORE_TRITON: frozenset[str] = frozenset()

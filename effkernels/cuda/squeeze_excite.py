@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from ..layout import empty_nhwc, nhwc
 from ..native import activation_codes
 from . import can_run as can_run_kernels
 
-__all__ = ["can_run", "gate", "squeeze_excite_gate"]
+__all__ = [
+    "can_run",
+    "gate",
+    "squeeze_excite",
+    "squeeze_excite_backward",
+    "squeeze_excite_gate",
+    "squeeze_excite_gate_backward",
+]
 
-# Floats of shared memory that a block has on every device.
-_FITS = 16384
+# So few channels, with the reduced ones, that every device has shared memory for them.
+_FEW = 2048
 
 
 def can_run(
@@ -28,7 +38,7 @@ def can_run(
     if error is not None:
         return error
     reduced, channels = reduce_weight.shape
-    if channels + 2 * reduced > _FITS and not torch.ops.effkernels_cuda.squeeze_excite_fits(
+    if channels + reduced > _FEW and not torch.ops.effkernels_cuda.squeeze_excite_fits(
         input, channels, reduced
     ):
         return f"{channels} channels, {reduced} reduced: more than shared memory has room for"
@@ -89,6 +99,81 @@ def squeeze_excite_gate(
         activation,
         gate_activation,
     )
+
+
+def squeeze_excite_gate_backward(
+    arguments: list[Any],
+    needed: list[bool],
+    saved: tuple[Tensor, ...],
+    gradients: tuple[Tensor | None, ...],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of :func:`squeeze_excite_gate` for its arguments."""
+    (upstream,) = gradients
+    if upstream is None:
+        return (None,) * len(arguments)
+    mean, *weights, activation, gate_activation = arguments
+    results = [_room(need, like) for need, like in zip(needed[:5], arguments[:5], strict=True)]
+    torch.ops.effkernels_cuda.squeeze_excite_gate_backward(
+        *results,
+        upstream.to(mean.dtype).contiguous(),
+        mean.contiguous(),
+        *_dense(*weights),
+        *activation_codes([activation, gate_activation]),
+    )
+    return (*results, None, None)
+
+
+def squeeze_excite(
+    input: Tensor,
+    reduce_weight: Tensor,
+    reduce_bias: Tensor | None,
+    expand_weight: Tensor,
+    expand_bias: Tensor | None,
+    activation: str,
+    gate_activation: str,
+) -> Tensor:
+    """The op ``squeeze_excite``: three launches."""
+    input = nhwc(input)
+    output = empty_nhwc(input, *input.shape[1:])
+    torch.ops.effkernels_cuda.squeeze_excite(
+        output,
+        input,
+        *_dense(reduce_weight, reduce_bias, expand_weight, expand_bias),
+        *activation_codes([activation, gate_activation]),
+    )
+    return output
+
+
+def squeeze_excite_backward(
+    arguments: list[Any],
+    needed: list[bool],
+    saved: tuple[Tensor, ...],
+    gradients: tuple[Tensor | None, ...],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of :func:`squeeze_excite` for its arguments: four launches."""
+    (upstream,) = gradients
+    if upstream is None:
+        return (None,) * len(arguments)
+    input, *weights, activation, gate_activation = arguments
+    input = nhwc(input)
+    input_gradient = empty_nhwc(input, *input.shape[1:]) if needed[0] else None
+    results = [_room(need, like) for need, like in zip(needed[1:5], weights, strict=True)]
+    torch.ops.effkernels_cuda.squeeze_excite_backward(
+        input_gradient,
+        *results,
+        nhwc(upstream).to(input.dtype),
+        input,
+        *_dense(*weights),
+        *activation_codes([activation, gate_activation]),
+    )
+    return (input_gradient, *results, None, None)
+
+
+def _room(want: bool, like: Tensor | None) -> Tensor | None:
+    """A dense tensor like ``like``, if it is wanted."""
+    if not want or like is None:
+        return None
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
 
 
 def _dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

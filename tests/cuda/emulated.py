@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
+import re
 import shlex
 import subprocess
 import traceback
@@ -61,8 +62,20 @@ def library(mistake: Mistake | None = None) -> Path:
         assert text.count(old) == 1, f"{name}: {old!r} stands there {text.count(old)} times"
         overlay[path] = text.replace(old, new)
     headers = sorted([*native.ROOT.glob("csrc/*/*.h"), *HERE.glob("*.h")])
-    changed = native.digest(*(overlay.get(path) or path.read_text() for path in headers))
     BUILD.mkdir(parents=True, exist_ok=True)
+
+    @functools.cache
+    def text_of(path: Path) -> str:
+        return overlay.get(path) or path.read_text()
+
+    def included(path: Path, known: set[Path]) -> set[Path]:
+        """``known`` and the headers that a file includes, directly or not."""
+        for name in re.findall(r'^#include "(.+)"', text_of(path), re.MULTILINE):
+            header = native.ROOT / "csrc" / name
+            if header not in known and header.exists():
+                known.add(header)
+                included(header, known)
+        return known
 
     def compiled(source: Path) -> Path:
         flags = [*_FLAGS, *(_SANITIZE if SANITIZED else _RACES if source.suffix == ".cu" else ())]
@@ -70,8 +83,8 @@ def library(mistake: Mistake | None = None) -> Path:
             flags += [*native.BINDINGS_FLAGS, f"-isystem{found.root / 'include'}"]
         else:
             flags += [native.KERNEL_STANDARD, *_WARNINGS]
-        text = overlay.get(source) or source.read_text()
-        key = native.digest(compiler.description, shlex.join(flags), found.version, changed, text)
+        texts = [text_of(path) for path in (source, *sorted(included(source, set())))]
+        key = native.digest(compiler.description, shlex.join(flags), found.version, *texts)
         target = BUILD / f"{source.parent.name}-{source.stem}-{key[:20]}.o"
         if not target.exists():
             tree = BUILD / key
@@ -80,7 +93,7 @@ def library(mistake: Mistake | None = None) -> Path:
                     if path.is_relative_to(native.ROOT / "csrc"):
                         copy = tree / path.relative_to(native.ROOT)
                         copy.parent.mkdir(parents=True, exist_ok=True)
-                        copy.write_text(overlay.get(path) or path.read_text())
+                        copy.write_text(text_of(path))
                 if source.is_relative_to(native.ROOT / "csrc"):
                     source = tree / source.relative_to(native.ROOT)
             includes = f"-I{tree if overlay else native.ROOT}/csrc"

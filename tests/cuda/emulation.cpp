@@ -357,6 +357,13 @@ void check_aligned(const void* pointer, size_t size, const char* what) {
   }
 }
 
+// One access of a kernel; of what the host does with its own stack nothing is said.
+void aligned_access(const void* pointer, size_t size, bool write) {
+  if (block.running < 0 || is_on_stack(reinterpret_cast<uintptr_t>(pointer))) return;
+  check_aligned(pointer, size, "an access");
+  access(pointer, size, write);
+}
+
 }  // namespace
 
 Device& device() { return current_device; }
@@ -590,11 +597,8 @@ uint32_t to_tf32(float value) {  // to nearest, halves away from zero
 // ---- What -fsanitize=thread makes kernels call. ThreadSanitizer itself is not linked.
 
 extern "C" {
-#define HOOK(NAME, SIZE, WRITE)                                       \
-  void NAME(void* address) {                                          \
-    effkernels::emulation::check_aligned(address, SIZE, "an access"); \
-    effkernels::emulation::access(address, SIZE, WRITE);              \
-  }
+#define HOOK(NAME, SIZE, WRITE) \
+  void NAME(void* address) { effkernels::emulation::aligned_access(address, SIZE, WRITE); }
 HOOK(__tsan_read1, 1, false)
 HOOK(__tsan_read2, 2, false)
 HOOK(__tsan_read4, 4, false)

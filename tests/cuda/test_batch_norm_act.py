@@ -187,27 +187,34 @@ def _check() -> None:
         )
 
 
-FILE = "batch_norm_act/cuda.cu"
+STATISTICS, APPLY, GRADIENT = (
+    f"batch_norm_act/cuda_{part}.h" for part in ("statistics", "apply", "gradient")
+)
 MISTAKES = {
     "a row is counted twice": (
-        FILE,
+        STATISTICS,
         "for (; row < rows; row += tiles.lanes)",
         "for (row -= tiles.lanes; row < rows; row += tiles.lanes)",
     ),
     "a barrier is missing": (
-        FILE,
-        "moved[thread] / static_cast<float>(rows);\n  __syncthreads();",
-        "moved[thread] / static_cast<float>(rows);",
+        STATISTICS,
+        "moved[thread] / static_cast<float>(rows);\n  }\n  __syncthreads();",
+        "moved[thread] / static_cast<float>(rows);\n  }",
     ),
     "the last block is as long as the others": (
-        FILE,
+        STATISTICS,
         "const float count = block == args.blocks - 1 ? last : usual;\n      moved",
         "const float count = usual;\n      moved",
     ),
-    "an average of averages": (FILE, "sum += distance * distance * (count * weight);", ""),
-    "a tail": (FILE, "static_cast<int>(left) : most", "static_cast<int>(left) - 1 : most"),
+    "an average of averages": (STATISTICS, "sum += distance * distance * (count * weight);", ""),
+    "a tail": (STATISTICS, "static_cast<int>(left) : most", "static_cast<int>(left) - 1 : most"),
+    "a barrier is missing behind the channels' table": (
+        APPLY,
+        "__syncthreads();\n  if (lane.count == 0) return;",
+        "if (lane.count == 0) return;",
+    ),
     "rows of the next block in the gradient's sums": (
-        FILE,
+        GRADIENT,
         "const int count = row + u * tiles.lanes < rows ? lane.count : 0;",
         "const int count = lane.count;",
     ),
