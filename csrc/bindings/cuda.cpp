@@ -12,6 +12,8 @@
 
 #include "batch_norm_act/cuda.h"
 #include "bindings/arguments.h"
+#include "mbconv/cuda.h"
+#include "pointwise_conv/cuda.h"
 #include "squeeze_excite/cuda.h"
 
 #if defined(EFFKERNELS_EMULATED)
@@ -47,6 +49,14 @@ class OnDevice {
   void* stream_ = nullptr;
 };
 
+// A tensor of `input`'s dtype, or null.
+const void* operand_of(const char* name, const OptionalTensor& tensor, DType dtype, int64_t size) {
+  if (!tensor) return nullptr;
+  STD_TORCH_CHECK(dtype_of(*tensor) == dtype, "effkernels_cuda: ", name, " has another dtype");
+  check_size(name, *tensor, size);
+  return tensor->const_data_ptr();
+}
+
 void activation(Tensor output, Tensor input, OptionalTensor upstream, int64_t activation) {
   const OnDevice device(input);
   const DType dtype = dtype_of(input);
@@ -54,6 +64,76 @@ void activation(Tensor output, Tensor input, OptionalTensor upstream, int64_t ac
   activation_cuda({dtype, writable("output", output, dtype, size), input.const_data_ptr(),
                    residual_of(upstream, dtype, size), size, activation_of(activation),
                    device.stream()});
+}
+
+void pointwise_conv(Tensor output, OptionalTensor sums, Tensor input, Tensor weight,
+                    OptionalTensor scale, OptionalTensor bias, OptionalTensor gate,
+                    OptionalTensor residual, int64_t activation) {
+  const OnDevice device(input);
+  const Images in = images_of(input);
+  PointwiseConvCuda args{};
+  args.dtype = dtype_of(input);
+  args.images = in.count;
+  args.pixels = in.pixels();
+  args.channels = in.channels;
+  args.outputs = weight.size(0);
+  const int64_t size = in.count * in.pixels() * args.outputs;
+  args.output = writable("output", output, args.dtype, size);
+  args.input = input.const_data_ptr();
+  args.weight = operand_of("weight", weight, args.dtype, args.outputs * in.channels);
+  args.scale = floats("scale", scale, args.outputs);
+  args.bias = floats("bias", bias, args.outputs);
+  args.gate = operand_of("gate", gate, args.dtype, in.count * in.channels);
+  args.residual = residual_of(residual, args.dtype, size);
+  args.activation = activation_of(activation);
+  args.places = pointwise_conv_cuda_places(args.pixels);
+  if (sums) {
+    const int64_t places = in.count * args.places * args.outputs;
+    args.sums = static_cast<float*>(writable("sums", *sums, DType::f32, places));
+  }
+  args.stream = device.stream();
+  pointwise_conv_cuda(args);
+}
+
+void expand_depthwise(Tensor output, OptionalTensor partials, Tensor input, Tensor expand_weight,
+                      OptionalTensor expand_scale, OptionalTensor expand_bias, Tensor taps,
+                      OptionalTensor scale, OptionalTensor bias, std::vector<int64_t> geometry,
+                      std::vector<int64_t> config, int64_t activation) {
+  const OnDevice device(input);
+  STD_TORCH_CHECK(config.size() == 3, "effkernels_cuda: mbconv: a configuration has 3 numbers");
+  for (const int64_t number : config) {
+    STD_TORCH_CHECK(number >= 1, "effkernels_cuda: mbconv: bad configuration");
+  }
+  ExpandDepthwiseCuda args{};
+  args.dtype = dtype_of(input);
+  args.in = images_of(input);
+  args.expanded = expand_weight.size(0);
+  args.output_height = output.size(2);
+  args.output_width = output.size(3);
+  args.geometry = geometry_of(geometry);
+  args.tile_height = config[0];
+  args.tile_width = config[1];
+  args.groups = config[2];
+  const int64_t pixels = args.output_height * args.output_width;
+  args.output = writable("output", output, args.dtype, args.in.count * pixels * args.expanded);
+  if (partials) {
+    const int64_t tiles = ceil_div(args.output_height, args.tile_height) *
+                          ceil_div(args.output_width, args.tile_width);
+    args.partials = static_cast<float*>(
+        writable("partials", *partials, DType::f32, args.in.count * tiles * args.expanded));
+  }
+  args.input = input.const_data_ptr();
+  args.expand_weight =
+      operand_of("expand_weight", expand_weight, args.dtype, args.expanded * args.in.channels);
+  args.expand_scale = floats("expand_scale", expand_scale, args.expanded);
+  args.expand_bias = floats("expand_bias", expand_bias, args.expanded);
+  const Geometry& g = args.geometry;
+  args.taps = operand_of("taps", taps, args.dtype, g.kernel_h * g.kernel_w * args.expanded);
+  args.scale = floats("scale", scale, args.expanded);
+  args.bias = floats("bias", bias, args.expanded);
+  args.activation = activation_of(activation);
+  args.stream = device.stream();
+  expand_depthwise_cuda(args);
 }
 
 // A vector of `dtype` or of float32.
@@ -347,6 +427,13 @@ STABLE_TORCH_LIBRARY(effkernels_cuda, m) {
       "squeeze_excite_gate(Tensor(a!) gate, Tensor mean, float factor, Tensor reduce_weight, "
       "Tensor? reduce_bias, Tensor expand_weight, Tensor? expand_bias, int activation, "
       "int gate_activation) -> ()");
+  m.def(
+      "pointwise_conv(Tensor(a!) output, Tensor(b!)? sums, Tensor input, Tensor weight, "
+      "Tensor? scale, Tensor? bias, Tensor? gate, Tensor? residual, int activation) -> ()");
+  m.def(
+      "expand_depthwise(Tensor(a!) output, Tensor(b!)? partials, Tensor input, "
+      "Tensor expand_weight, Tensor? expand_scale, Tensor? expand_bias, Tensor taps, "
+      "Tensor? scale, Tensor? bias, int[] geometry, int[] config, int activation) -> ()");
 #if defined(EFFKERNELS_EMULATED)
   m.def("configure(int seed, int capability, int processors, int shared_memory) -> ()");
 #endif
@@ -365,6 +452,8 @@ STABLE_TORCH_LIBRARY_IMPL(effkernels_cuda, CUDA, m) {
   m.impl("squeeze_excite_backward", TORCH_BOX(&effkernels::squeeze_excite_backward));
   m.impl("squeeze_excite_gate_backward", TORCH_BOX(&effkernels::squeeze_excite_gate_backward));
   m.impl("squeeze_excite_gate", TORCH_BOX(&effkernels::squeeze_excite_gate));
+  m.impl("expand_depthwise", TORCH_BOX(&effkernels::expand_depthwise));
+  m.impl("pointwise_conv", TORCH_BOX(&effkernels::pointwise_conv));
 }
 
 #if defined(EFFKERNELS_EMULATED)

@@ -89,6 +89,54 @@ __device__ inline float2 unpack2<f16>(uint32_t packed) {
 #endif
 }
 
+// The products of two pairs, rounded as `pack2` rounds.
+template <class T>
+__device__ inline uint32_t multiply2(uint32_t a, uint32_t b);
+
+template <>
+__device__ inline uint32_t multiply2<bf16>(uint32_t a, uint32_t b) {
+#if defined(__CUDACC__)
+  uint32_t product;  // a * b - 0: there is no product of two bf16x2 before sm_90
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(product) : "r"(a), "r"(b), "r"(0x80008000u));
+  return product;
+#else
+  const float2 x = unpack2<bf16>(a), y = unpack2<bf16>(b);
+  return pack2<bf16>(x.x * y.x, x.y * y.y);
+#endif
+}
+
+template <>
+__device__ inline uint32_t multiply2<f16>(uint32_t a, uint32_t b) {
+#if defined(__CUDACC__)
+  uint32_t product;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  return product;
+#else
+  const float2 x = unpack2<f16>(a), y = unpack2<f16>(b);
+  return pack2<f16>(x.x * y.x, x.y * y.y);
+#endif
+}
+
+// A float as the four bytes that it is in memory, and back.
+__device__ inline uint32_t float_word(float value) {
+#if defined(__CUDACC__)
+  return __float_as_uint(value);
+#else
+  uint32_t word;
+  std::memcpy(&word, &value, 4);
+  return word;
+#endif
+}
+__device__ inline float word_float(uint32_t word) {
+#if defined(__CUDACC__)
+  return __uint_as_float(word);
+#else
+  float value;
+  std::memcpy(&value, &word, 4);
+  return value;
+#endif
+}
+
 __device__ inline float to_float(float value) { return value; }
 template <class T>
 __device__ inline float to_float(T value) {
@@ -244,6 +292,31 @@ __device__ inline float activate(float x) {
   return x;
 }
 
+__device__ inline float tanh_fast(float x) {  // within 2^-11 of itself: one trip
+#if defined(__CUDACC__)
+  float result;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return word_float(emulation::to_tf32(std::tanh(x)));  // as inexact
+#endif
+}
+
+// `activate` for a result that will be rounded to T. In bfloat16 the sigmoid comes from tanh, one
+// trip to the special function unit in place of two: its error, 2^-12, is a sixteenth of what
+// rounding costs a value near 1.
+template <class T, Activation kActivation>
+__device__ inline float activate_as(float x) {
+  if constexpr (std::is_same_v<T, bf16> && kActivation == Activation::silu) {
+    const float half = 0.5f * x;
+    return half * tanh_fast(half) + half;
+  } else if constexpr (std::is_same_v<T, bf16> && kActivation == Activation::sigmoid) {
+    return 0.5f * tanh_fast(0.5f * x) + 0.5f;
+  } else {
+    return activate<kActivation>(x);
+  }
+}
+
 // The derivative at x, PyTorch's choice at the corners.
 template <Activation kActivation>
 __device__ inline float slope(float x) {
@@ -303,6 +376,17 @@ __device__ inline void activate_all(Activation activation, float (&values)[N]) {
 #pragma unroll
     for (int i = 0; i < N; i++) values[i] = activate<decltype(constant){}()>(values[i]);
   });
+}
+
+// threadIdx.x, read anew: what follows from it is not kept in registers from before.
+__device__ inline int thread_anew() {
+#if defined(__CUDACC__)
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread & 1023;  // the compiler knows no range of it
+#else
+  return static_cast<int>(threadIdx.x);
+#endif
 }
 
 __device__ inline float warp_sum(float value) {  // of all 32 lanes, in each

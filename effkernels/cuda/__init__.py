@@ -20,13 +20,15 @@ from torch import Tensor
 from ..build_info import read_build_info, why_not_built
 
 # ops -> the file here that has them; without gradient kernels: in _WITHOUT_BACKWARD
-_OPS = {
+OPS = {
     "batch_norm_act": "batch_norm_act",
+    "mbconv": "mbconv",
+    "pointwise_conv": "pointwise_conv",
     "silu": "silu",
     "squeeze_excite": "squeeze_excite",
     "squeeze_excite_gate": "squeeze_excite",
 }
-_WITHOUT_BACKWARD: frozenset[str] = frozenset()
+_WITHOUT_BACKWARD: frozenset[str] = frozenset({"mbconv", "pointwise_conv"})
 
 # Ops whose CUDA C++ comes before Triton's in "auto".
 BEFORE_TRITON: frozenset[str] = frozenset()
@@ -86,6 +88,25 @@ def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
     return capability[0] == major and capability[1] >= minor
 
 
+def device_limits(input: Tensor) -> tuple[int, int]:
+    """Processors of ``input``'s device, and bytes of shared memory that a block may have."""
+    if _emulating:
+        return EMULATED_LIMITS
+    index = input.device.index
+    return _limits(torch.cuda.current_device() if index is None else index)
+
+
+@functools.cache
+def _limits(index: int) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(index)
+    shared: int = getattr(properties, "shared_memory_per_block_optin", _LEAST_SHARED)
+    return properties.multi_processor_count, shared
+
+
+_LEAST_SHARED = 99 * 1024  # of any device that the kernels run on
+EMULATED_LIMITS = (132, 227 * 1024)  # of an H100
+
+
 @contextmanager
 def emulated() -> Iterator[None]:
     """The native backend takes CPU tensors to an emulated GPU inside the ``with`` block, for tests:
@@ -120,10 +141,10 @@ def can_run(input: Tensor, *rest: Any) -> str | None:
 
 def implementation(op: str, make: Callable[..., Any]) -> Any:
     """``make(can_run, run, backward)`` of ``op``'s functions here; None if it has none."""
-    if op not in _OPS:
+    if op not in OPS:
         return None
-    backward = None if op in _WITHOUT_BACKWARD else _function(_OPS[op], f"{op}_backward")
-    return make(_function(_OPS[op], "can_run"), _function(_OPS[op], op), backward)
+    backward = None if op in _WITHOUT_BACKWARD else _function(OPS[op], f"{op}_backward")
+    return make(_function(OPS[op], "can_run"), _function(OPS[op], op), backward)
 
 
 def _function(module: str, name: str) -> Callable[..., Any]:
