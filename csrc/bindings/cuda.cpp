@@ -4,6 +4,8 @@
 // images) and allocated the outputs. With EFFKERNELS_EMULATED the same ops take CPU tensors, and
 // the kernels run on an emulated GPU: so this file is tested, too.
 #define EFFKERNELS_CUDA
+#include "depthwise_conv/cuda.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <vector>
@@ -51,11 +53,103 @@ void activation(Tensor output, Tensor input, OptionalTensor upstream, int64_t ac
                    device.stream()});
 }
 
+// The operand of a depthwise kernel for a tensor [count, channels, ...]; see operands.py.
+DepthwiseOperand depthwise_operand(int64_t kind, int64_t activation, const OptionalTensor& z,
+                                   const OptionalTensor& scale, const OptionalTensor& shift,
+                                   const OptionalTensor& gate, const OptionalTensor& offset,
+                                   const OptionalTensor& factor, const OptionalTensor& slope,
+                                   const OptionalTensor& constant, DType dtype,
+                                   const Images& images) {
+  const int64_t channels = images.channels, each = images.count * channels;
+  STD_TORCH_CHECK(kind >= 0 && kind <= 2, EFFKERNELS_LIBRARY "unknown operand");
+  return {static_cast<DepthwiseOperand::Kind>(kind),
+          residual_of(z, dtype, images.size()),
+          floats("operand scale", scale, channels),
+          floats("operand shift", shift, channels),
+          floats("operand gate", gate, each),
+          floats("operand offset", offset, each),
+          floats("operand factor", factor, channels),
+          floats("operand slope", slope, channels),
+          floats("operand constant", constant, channels),
+          activation_of(activation)};
+}
+
+DepthwiseTile depthwise_tile(const std::vector<int64_t>& tile) {
+  STD_TORCH_CHECK(tile.size() >= 4, EFFKERNELS_LIBRARY "a tile has 4 numbers");
+  for (const int64_t number : tile) {
+    STD_TORCH_CHECK(number > 0 && number < 1 << 20, EFFKERNELS_LIBRARY "bad tile");
+  }
+  return {static_cast<int>(tile[0]), static_cast<int>(tile[1]), static_cast<int>(tile[2]),
+          static_cast<int>(tile[3])};
+}
+
+void depthwise_conv(Tensor output, OptionalTensor sums, OptionalTensor mean, OptionalTensor moments,
+                    OptionalTensor workspace, Tensor input, Tensor taps, OptionalTensor scale,
+                    OptionalTensor bias, OptionalTensor z, OptionalTensor operand_scale,
+                    OptionalTensor operand_shift, OptionalTensor gate, OptionalTensor offset,
+                    OptionalTensor factor, OptionalTensor slope, OptionalTensor constant,
+                    std::vector<int64_t> geometry, std::vector<int64_t> between, bool flipped,
+                    int64_t activation, int64_t operand_kind, int64_t operand_activation,
+                    std::vector<int64_t> tile) {
+  const OnDevice device(input);
+  const DType dtype = dtype_of(input);
+  const Images in = images_of(input);
+  const int64_t channels = in.channels, height = output.size(2), width = output.size(3);
+  STD_TORCH_CHECK(geometry.size() == 8 && between.size() == 2 && dtype_of(taps) == dtype,
+                  EFFKERNELS_LIBRARY "bad geometry");
+  for (size_t i = 0; i < 6; i++) {
+    STD_TORCH_CHECK(geometry[i] > 0, EFFKERNELS_LIBRARY "bad geometry");
+  }
+  const Geometry g = {geometry[0], geometry[1], geometry[2], geometry[3],
+                      geometry[4], geometry[5], geometry[6], geometry[7]};
+  check_size("taps", taps, g.kernel_h * g.kernel_w * channels);
+  DepthwiseConvCuda args = {
+      dtype,
+      writable("output", output, dtype, in.count * height * width * channels),
+      input.const_data_ptr(),
+      in,
+      height,
+      width,
+      taps.const_data_ptr(),
+      g,
+      between[0],
+      between[1],
+      flipped,
+      floats("scale", scale, channels),
+      floats("bias", bias, channels),
+      activation_of(activation),
+      depthwise_operand(operand_kind, operand_activation, z, operand_scale, operand_shift, gate,
+                        offset, factor, slope, constant, dtype, in),
+      nullptr,
+      nullptr,
+      nullptr,
+      nullptr,
+      depthwise_tile(tile),
+      device.stream()};
+  const auto writable_floats = [](const char* name, const OptionalTensor& tensor, int64_t size) {
+    if (!tensor) return static_cast<float*>(nullptr);
+    return static_cast<float*>(writable(name, *tensor, DType::f32, size));
+  };
+  args.sums = writable_floats("sums", sums, in.count * depthwise_blocks(args) * channels);
+  args.mean = writable_floats("mean", mean, in.count * channels);
+  args.moments = writable_floats("moments", moments, 2 * channels);
+  args.workspace = writable_floats("workspace", workspace, depthwise_workspace(args));
+  STD_TORCH_CHECK(args.moments == nullptr || args.workspace != nullptr,
+                  EFFKERNELS_LIBRARY "moments need a workspace");
+  depthwise_conv_cuda(args);
+}
+
 }  // namespace
 }  // namespace effkernels
 
 STABLE_TORCH_LIBRARY(effkernels_cuda, m) {
   m.def("activation(Tensor(a!) output, Tensor input, Tensor? upstream, int activation) -> ()");
+  m.def(
+      "depthwise_conv(Tensor(a!) output, Tensor(b!)? sums, Tensor(c!)? mean, Tensor(d!)? moments, "
+      "Tensor(e!)? workspace, Tensor input, Tensor taps, Tensor? scale, Tensor? bias, Tensor? z, "
+      "Tensor? operand_scale, Tensor? operand_shift, Tensor? gate, Tensor? offset, "
+      "Tensor? factor, Tensor? slope, Tensor? constant, int[] geometry, int[] between, "
+      "bool flipped, int activation, int operand_kind, int operand_activation, int[] tile) -> ()");
 #if defined(EFFKERNELS_EMULATED)
   m.def("configure(int seed, int capability, int processors, int shared_memory) -> ()");
 #endif
@@ -67,6 +161,7 @@ STABLE_TORCH_LIBRARY_IMPL(effkernels_cuda, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(effkernels_cuda, CUDA, m) {
 #endif
   m.impl("activation", TORCH_BOX(&effkernels::activation));
+  m.impl("depthwise_conv", TORCH_BOX(&effkernels::depthwise_conv));
 }
 
 #if defined(EFFKERNELS_EMULATED)

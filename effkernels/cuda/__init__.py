@@ -22,6 +22,7 @@ from ..build_info import why_not_built
 # ops -> the file here that has them; without gradient kernels: in _WITHOUT_BACKWARD
 _OPS = {
     "silu": "silu",
+    "depthwise_conv": "depthwise_conv",
 }
 _WITHOUT_BACKWARD: frozenset[str] = frozenset()
 

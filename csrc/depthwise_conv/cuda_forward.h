@@ -1,0 +1,351 @@
+// The tuned forward kernel of cuda.cu, which says what it computes and why it is as it is.
+#pragma once
+
+#include "depthwise_conv/cuda_window.h"
+
+namespace effkernels {
+namespace {
+
+struct ForwardArguments {
+  void* output;
+  const void* input;
+  const void* taps;
+  const float* scale;
+  const float* bias;
+  float* sums;  // [count, blocks, channels] or null
+  float sum_factor;
+  float* counts;    // [blocks of all images] or null
+  float* partials;  // [blocks of all images, 2, channels]
+  DepthwiseOperand operand;
+  DepthwiseTile tile;
+  int batch, channels, height, width, out_height, out_width, top, left;
+  int chunks, column_blocks, row_blocks;  // of an image
+  bool flipped;
+  bool vectors;  // 16-byte accesses are possible
+  Activation activation;
+};
+
+// The sums of a thread's outputs, two channels of kColumns columns each, for the rows of the output
+// that its window is in, the oldest last. A step moves them down a row without a move: each row's
+// first multiply-add reads the registers of the row before and writes its own.
+template <int kKernel, int kStride>
+struct Sums {
+  static constexpr int kColumns = depthwise_columns(kKernel);
+  static constexpr int kDepth = (kKernel + kStride - 1) / kStride;
+  static constexpr int kInputs = (kColumns - 1) * kStride + kKernel;
+  float2 rows[kDepth][kColumns];
+
+  __device__ void clear() {
+#pragma unroll
+    for (int s = 0; s < kColumns; s++) {
+#pragma unroll
+      for (int d = 0; d < kDepth; d++) rows[d][s] = {0.0f, 0.0f};
+    }
+  }
+
+  // Adds row `kPhase` of a group of kStride input rows.
+  template <int kPhase, class T>
+  __device__ void add(const T* row, int step, const float2 (&taps)[kKernel * kKernel]) {
+#pragma unroll
+    for (int x = 0; x < kInputs; x++) {
+      const float2 input = load2(row + x * step);
+#pragma unroll
+      for (int s = 0; s < kColumns; s++) {
+        const int j = x - s * kStride;
+        if (j < 0 || j >= kKernel) continue;
+#pragma unroll
+        for (int d = kDepth - 1; d >= 0; d--) {
+          const int i = kStride * d + kPhase;
+          if (i >= kKernel) continue;
+          const float2 tap = taps[i * kKernel + j];
+          float2& sum = rows[d][s];
+          if (kPhase == 0 && j == 0 && d == 0) {
+            sum = {tap.x * input.x, tap.y * input.y};
+          } else {
+            sum = fma_pair(tap, input, kPhase == 0 && j == 0 ? rows[d > 0 ? d - 1 : 0][s] : sum);
+          }
+        }
+      }
+    }
+  }
+};
+
+constexpr int forward_blocks(int kernel, int stride) {  // that registers are to allow
+  return kernel == 3 ? 4 : kernel == 7 ? 2 : stride == 1 ? 3 : 4;
+}
+
+// What a thread keeps in shared memory between its uses, 16 bytes each, beside its registers.
+enum Kept { kInput, kOutput, kOthers, kTotals, kKept };
+
+// Bytes of shared memory: rows (twice with z), two rows of outputs, vectors over channels, what
+// threads keep.
+template <class T, int kKernel, int kStride>
+int64_t forward_shared(const DepthwiseTile& tile, const DepthwiseOperand& operand) {
+  const int64_t columns = tile.strips * depthwise_columns(kKernel);
+  const int64_t rows = kRing * kStride * ((columns - 1) * kStride + kKernel);
+  const int64_t values = (operand.z ? 2 : 1) * rows + 2 * columns;
+  const int64_t pairs = tile.images * tile.pairs * (values * 2 * sizeof(T) + kVectors * 8);
+  return pairs + kKept * 16 * round_up(tile.images * tile.pairs * tile.strips, kWarp);
+}
+
+template <class T, int kKernel, int kStride>
+__global__ void __launch_bounds__(kDepthwiseThreads, forward_blocks(kKernel, kStride))
+    window_kernel(ForwardArguments a) {
+  using Window = Sums<kKernel, kStride>;
+  constexpr int kDepth = Window::kDepth, kColumns = Window::kColumns;
+  using In = RowPart<T, (Window::kInputs + kPairs<T> - 1) / kPairs<T>>;
+  using Out = RowPart<T, (kColumns + kPairs<T> - 1) / kPairs<T>>;
+  const DepthwiseTile& tile = a.tile;
+  int block = static_cast<int>(blockIdx.x);
+  const int first_channel = block % a.chunks * 2 * tile.pairs;
+  block /= a.chunks;
+  const int part = block;  // of all images
+  const int first_x = block % a.column_blocks * tile.strips * kColumns;
+  block /= a.column_blocks;
+  const int first_y = block % a.row_blocks * tile.rows;
+  const int end_y = smaller(first_y + tile.rows, a.out_height);
+  const int first_image = block / a.row_blocks * tile.images;
+  const Place place(first_channel, first_image, tile, kVector<T>, a.batch, a.channels);
+
+  const int columns = (tile.strips * kColumns - 1) * kStride + kKernel;
+  const int x = first_x * kStride - a.left;  // the image's column that is the rows' first
+  const int step = 2 * tile.pairs;           // values of a pixel
+  const int row_values = tile.images * columns * step, group_values = kStride * row_values;
+  T* const ring = reinterpret_cast<T*>(dynamic_shared());
+  T* const z_ring = ring + (a.operand.z ? kRing * group_values : 0);
+  T* const results = z_ring + kRing * group_values;
+  const int result_values = tile.images * tile.strips * kColumns * step;
+  float* const vectors = reinterpret_cast<float*>(results + 2 * result_values);
+  const int pitch = tile.images * step;  // of vectors
+  unsigned char* const kept =
+      reinterpret_cast<unsigned char*>(vectors + kVectors * pitch) + threadIdx.x * 16;
+  const int kept_pitch = static_cast<int>(blockDim.x) * 16;
+  const auto recall = [&](Kept what) { return load_words(kept + what * kept_pitch); };
+
+  // How many of the thread's columns are outputs.
+  const int valid =
+      place.active ? larger(0, smaller(a.out_width - first_x - place.strip * kColumns, kColumns))
+                   : 0;
+  // Where the thread's columns begin. (All threads multiply; what those find that are not active
+  // is nothing to anyone.)
+  const int row_start =
+      place.slot < tile.images
+          ? (place.slot * columns + place.strip * kColumns * kStride) * step + 2 * place.pair
+          : 0;
+  const int vector_start = place.slot < tile.images ? place.slot * step + 2 * place.pair : 0;
+  // The columns to apply the operand to are every strips-th in the image from here on.
+  const int apply_from = larger(0, -x) + place.strip;
+  const int apply_left = smaller(columns, a.width - x) - apply_from;
+  const int apply_count =
+      place.active && apply_left > 0 ? (apply_left + tile.strips - 1) / tile.strips : 0;
+  {
+    const In in(place, tile, columns, x, a.width, a.batch, a.channels);
+    const Out out(place, tile, tile.strips * kColumns, first_x, a.out_width, a.batch, a.channels);
+#pragma unroll 1
+    for (int row = 0; row < (a.operand.z ? 2 : 1) * kRing * kStride; row++) {
+      in.clear(reinterpret_cast<unsigned char*>(ring + row * row_values), place, tile, columns,
+               a.vectors);
+    }
+    store_words(kept + kInput * kept_pitch, in.words(place.left));
+    store_words(kept + kOutput * kept_pitch, out.words(place.image));
+    Words others;
+    others.words = {
+        static_cast<unsigned>((place.slot * columns + apply_from) * step + 2 * place.pair),
+        static_cast<unsigned>(apply_count), static_cast<unsigned>(vector_start),
+        static_cast<unsigned>((place.slot * tile.strips + place.strip) * kColumns * step +
+                              2 * place.pair)};
+    store_words(kept + kOthers * kept_pitch, others);
+    // The sum of the thread's outputs or, for moments, their mean; then also the squares of the
+    // distances to it.
+    others.words = {0, 0, 0, 0};
+    store_words(kept + kTotals * kept_pitch, others);
+  }
+  const bool has_operand = a.operand.kind != DepthwiseOperand::plain;
+  if (place.slot < tile.images && place.strip == 0) {
+    float* to = vectors + vector_start;
+#pragma unroll 1
+    for (int i = 0; i < (has_operand && place.active ? kOperandVectors : 0); i++) {
+      store2(to + i * pitch, operand_vector(a.operand, i, place.image, place.channel, a.channels));
+    }
+    store2(to + kBias * pitch, channel_pair(a.bias, place.channel, a.channels, 0.0f));
+  }
+  float2 taps[kKernel * kKernel];
+  {
+    const float2 scale = channel_pair(a.scale, place.channel, a.channels, 1.0f);
+    const int tap_step = a.flipped ? -a.channels : a.channels;
+    const T* at = static_cast<const T*>(a.taps) + place.channel;
+    if (a.flipped) at += (kKernel * kKernel - 1) * a.channels;
+#pragma unroll
+    for (int i = 0; i < kKernel * kKernel; i++) {
+      taps[i] = {0.0f, 0.0f};
+      if (place.channel < a.channels) taps[i].x = to_float(at[i * tap_step]) * scale.x;
+      if (place.channel + 1 < a.channels) taps[i].y = to_float(at[i * tap_step + 1]) * scale.y;
+    }
+  }
+
+  // Input rows g * kStride - top and, of stride 2, the next are group g. The first groups may be
+  // nothing but padding; a group finishes the output row g - (kDepth - 1).
+  const int begin = smaller(larger(first_y, a.top / kStride), first_y + kDepth - 1);
+  const int end = end_y + kDepth - 1;
+  const int64_t in_row = int64_t{a.width} * a.channels, out_row = int64_t{a.out_width} * a.channels;
+  const auto is_inside = [&](int y) {
+    return static_cast<unsigned>(y) < static_cast<unsigned>(a.height);
+  };
+  const auto fetch = [&](int group, int slot) {
+    if (group < end) {
+      const Words words = recall(kInput);
+      const int64_t image = static_cast<int>(recall(kOutput).word[3]);
+      const In in(words);
+#pragma unroll 1
+      for (int i = 0; i < kStride * (a.operand.z ? 2 : 1); i++) {
+        const int phase = kStride == 1 ? 0 : i & 1, tensor = i / kStride;
+        const int y = group * kStride + phase - a.top;
+        const bool real = is_inside(y);
+        const T* from = static_cast<const T*>(tensor == 0 ? a.input : a.operand.z);
+        T* to = (tensor == 0 ? ring : z_ring) + slot * group_values + phase * row_values;
+        in.fetch(to, from + (image * a.height + (real ? y : 0)) * in_row, real, tile, a.channels,
+                 static_cast<int>(words.word[3]), a.vectors);
+      }
+    }
+    commit_copies();
+  };
+  const auto store = [&](int y, const T* row) {
+    const Words words = recall(kOutput);
+    const int64_t image = static_cast<int>(words.word[3]);
+    T* to = static_cast<T*>(a.output) + (image * a.out_height + y) * out_row;
+    const int left = a.vectors ? 0 : static_cast<int>(recall(kInput).word[3]);
+    Out(words).store(to, row, tile, a.channels, left, a.vectors);
+  };
+  const auto apply = [&](int group, int slot) {
+    if (group < begin || group >= end) return;
+    const Words words = recall(kOthers);
+    const int start = static_cast<int>(words.word[0]), count = static_cast<int>(words.word[1]);
+#pragma unroll 1
+    for (int phase = 0; phase < kStride; phase++) {
+      if (!is_inside(group * kStride + phase - a.top)) continue;
+      const int at = slot * group_values + phase * row_values + start;
+      apply_operand(a.operand, ring + at, z_ring + at, count, tile.strips * step,
+                    vectors + words.word[2], pitch);
+    }
+  };
+
+  Window sums;
+  sums.clear();
+  int slot = 1, stored = -1;  // the row in `results` that is yet to be stored
+  // A step multiplies one group, applies the operand to the next and asks for the one that is
+  // kRing - 1 ahead; the first steps only do the latter.
+#pragma unroll 1
+  for (int group = begin - (kRing - 1); group < end; group++) {
+    // What this step reads is there for all threads; all are done with the step before.
+    if (has_operand) {
+      wait_copies<kRing - 3>();
+    } else {
+      wait_copies<kRing - 2>();
+    }
+    __syncthreads();
+    fetch(group + kRing - 1, slot == 0 ? kRing - 1 : slot - 1);
+    if (stored >= 0) store(stored, results + (group & 1 ? 0 : result_values));
+    stored = -1;
+    if (has_operand) apply(group + 1, slot == kRing - 1 ? 0 : slot + 1);
+    const T* row = ring + slot * group_values + row_start;
+    if (group < begin) {
+      slot = slot == kRing - 1 ? 0 : slot + 1;
+      continue;
+    }
+    sums.template add<0>(row, step, taps);
+    if (kStride == 2) sums.template add<kStride - 1>(row + row_values, step, taps);
+    slot = slot == kRing - 1 ? 0 : slot + 1;
+    const int out_y = group - (kDepth - 1);
+    if (out_y < first_y) continue;
+    stored = out_y;
+    float2(&values)[kColumns] = sums.rows[kDepth - 1];
+    const Words others = recall(kOthers);
+    const float2 bias = load2(vectors + kBias * pitch + others.word[2]);
+    with_activation(a.activation, [&](auto constant) {
+      constexpr Activation kActivation = decltype(constant){}();
+#pragma unroll
+      for (int s = 0; s < kColumns; s++) {
+        values[s] = {activate<kActivation>(values[s].x + bias.x),
+                     activate<kActivation>(values[s].y + bias.y)};
+      }
+    });
+    if (valid == 0) continue;
+    T* to = results + (group & 1 ? result_values : 0) + others.word[3];
+#pragma unroll
+    for (int s = 0; s < kColumns; s++) store2(to + s * step, values[s]);
+    if (a.sums == nullptr && a.counts == nullptr) continue;
+    float2 sum = {0.0f, 0.0f};
+#pragma unroll
+    for (int s = 0; s < kColumns; s++) {
+      if (s < valid) sum = {sum.x + values[s].x, sum.y + values[s].y};
+    }
+    Words totals = recall(kTotals);
+    float (&total)[4] = totals.value;
+    if (a.counts == nullptr) {
+      total[0] += sum.x;
+      total[1] += sum.y;
+    } else {  // row by row, so that nothing is lost to cancellation
+      const float count = static_cast<float>(valid), before = count * (out_y - first_y);
+      sum = {sum.x / count, sum.y / count};
+      float2 distances = {0.0f, 0.0f};
+#pragma unroll
+      for (int s = 0; s < kColumns; s++) {
+        const float2 distance = {values[s].x - sum.x, values[s].y - sum.y};
+        if (s < valid) distances = fma_pair(distance, distance, distances);
+      }
+      merge_moments_of(before, total[0], total[2], count, sum.x, distances.x);
+      merge_moments_of(before, total[1], total[3], count, sum.y, distances.y);
+    }
+    store_words(kept + kTotals * kept_pitch, totals);
+  }
+  wait_copies<0>();
+  __syncthreads();
+  if (stored >= 0) store(stored, results + ((end - 1) & 1 ? result_values : 0));
+  if (a.sums == nullptr && a.counts == nullptr) return;
+
+  // A block's strips, and for moments its images, are added in their order.
+  const int thread = static_cast<int>(threadIdx.x),
+            threads = tile.pairs * tile.strips * tile.images;
+  float* const counts = reinterpret_cast<float*>(dynamic_shared());
+  float count = static_cast<float>(valid * (end_y - first_y));
+  if (thread < threads) counts[thread] = count;
+  __syncthreads();
+  const auto total_of = [&](int other) {
+    return load_words(kept + kTotals * kept_pitch + (other - thread) * 16);
+  };
+  if (!place.active || place.strip > 0) return;
+  const bool odd = place.channel + 1 == a.channels;  // the pair's second channel does not exist
+  if (a.sums != nullptr) {
+    float2 sum = {0.0f, 0.0f};
+    for (int s = 0; s < tile.strips; s++) {
+      const Words other = total_of(thread + s * tile.pairs);
+      const float factor = a.counts != nullptr ? counts[thread + s * tile.pairs] : 1.0f;
+      sum = {sum.x + other.value[0] * factor, sum.y + other.value[1] * factor};
+    }
+    const int64_t blocks = int64_t{a.column_blocks} * a.row_blocks;
+    float* to = a.sums + (place.image * blocks + part % blocks) * a.channels + place.channel;
+    to[0] = sum.x * a.sum_factor;
+    if (!odd) to[1] = sum.y * a.sum_factor;
+  }
+  if (a.counts != nullptr && place.slot == 0) {
+    Words totals = total_of(thread);
+    float (&total)[4] = totals.value;
+    for (int t = thread + tile.pairs; t < threads; t += tile.pairs) {
+      const Words other = total_of(t);
+      merge_moments_of(count, total[0], total[2], counts[t], other.value[0], other.value[2]);
+      merge_moments_of(count, total[1], total[3], counts[t], other.value[1], other.value[3]);
+      count += counts[t];
+    }
+    float* to = a.partials + int64_t{2} * part * a.channels + place.channel;
+    to[0] = total[0] * count;
+    to[a.channels] = total[2];
+    if (!odd) {
+      to[1] = total[1] * count;
+      to[a.channels + 1] = total[3];
+    }
+    if (place.channel == 0) a.counts[part] = count;
+  }
+}
+
+}  // namespace
+}  // namespace effkernels

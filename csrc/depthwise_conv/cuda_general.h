@@ -1,0 +1,123 @@
+// Depthwise convolution and weight gradient for kernels, strides and dilations that cuda.cu's tuned
+// kernels are not for: one value at a time, nothing kept. A warp has 32 neighbouring channels.
+#pragma once
+
+#include "depthwise_conv/cuda_window.h"
+
+namespace effkernels {
+namespace {
+
+constexpr int kGeneralWarps = 4;
+
+struct GeneralArguments {
+  void* output;
+  const void* input;
+  const void* taps;
+  const float* scale;
+  const float* bias;
+  float* sums;
+  float sum_factor;
+  float* counts;
+  float* partials;
+  DepthwiseOperand operand;
+  int channels, height, width, out_height, out_width, rows;
+  int kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w, between_h, between_w;
+  int top, left;
+  int chunks, row_blocks;
+  bool flipped;
+  Activation activation;
+};
+
+// The operand of one value, `at` values from the tensor's start.
+struct OperandOfChannel {
+  float2 vectors[kOperandVectors];
+
+  __device__ OperandOfChannel(const DepthwiseOperand& operand, int image, int channel,
+                              int channels) {
+    for (int i = 0; i < kOperandVectors; i++) {
+      vectors[i] = operand_vector(operand, i, image, channel, channels);
+    }
+  }
+
+  template <class T>
+  __device__ float operator()(const DepthwiseOperand& operand, const void* input,
+                              int64_t at) const {
+    const float value = to_float(static_cast<const T*>(input)[at]);
+    const AnyActivation activation{operand.activation};
+    if (operand.kind == DepthwiseOperand::plain) return value;
+    if (operand.kind == DepthwiseOperand::forward) {
+      return forward_operand(activation, {value, value}, vectors).x;
+    }
+    const float z = operand.z ? to_float(static_cast<const T*>(operand.z)[at]) : 0.0f;
+    return gradient_operand(activation, {value, value}, {z, z}, vectors).x;
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(kGeneralWarps* kWarp) general_kernel(GeneralArguments a) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  int block = static_cast<int>(blockIdx.x);
+  const int channel = block % a.chunks * kWarp + lane;
+  block /= a.chunks;
+  const int part = block, image = block / a.row_blocks;
+  const int first_y = block % a.row_blocks * a.rows;
+  const int end_y = smaller(first_y + a.rows, a.out_height);
+  float total = 0.0f, count = 0.0f, mean = 0.0f, squares = 0.0f;
+  if (channel < a.channels) {
+    const OperandOfChannel operand(a.operand, image, channel, a.channels);
+    const int64_t in_image = int64_t{image} * a.height * a.width;
+    const int64_t out_image = int64_t{image} * a.out_height * a.out_width;
+    const float scale = a.scale ? a.scale[channel] : 1.0f, bias = a.bias ? a.bias[channel] : 0.0f;
+    for (int64_t pixel = int64_t{first_y} * a.out_width + warp;
+         pixel < int64_t{end_y} * a.out_width; pixel += kGeneralWarps) {
+      const int out_y = static_cast<int>(pixel / a.out_width);
+      const int out_x = static_cast<int>(pixel % a.out_width);
+      float sum = 0.0f;
+      for (int i = 0; i < a.kernel_h; i++) {
+        const int y = out_y * a.stride_h + i * a.dilation_h - a.top;
+        if (y < 0 || y % a.between_h != 0 || y / a.between_h >= a.height) continue;
+        for (int j = 0; j < a.kernel_w; j++) {
+          const int x = out_x * a.stride_w + j * a.dilation_w - a.left;
+          if (x < 0 || x % a.between_w != 0 || x / a.between_w >= a.width) continue;
+          const int64_t at = in_image + int64_t{y / a.between_h} * a.width + x / a.between_w;
+          int tap = i * a.kernel_w + j;
+          if (a.flipped) tap = a.kernel_h * a.kernel_w - 1 - tap;
+          const float weight =
+              to_float(static_cast<const T*>(a.taps)[int64_t{tap} * a.channels + channel]);
+          sum += weight *
+                 operand.template operator()<T>(a.operand, a.input, at * a.channels + channel);
+        }
+      }
+      float values[] = {sum * scale + bias};
+      activate_all(a.activation, values);
+      static_cast<T*>(a.output)[(out_image + pixel) * a.channels + channel] =
+          from_float<T>(values[0]);
+      total += values[0];
+      merge_moments_of(count, mean, squares, 1.0f, values[0], 0.0f);
+      count += 1.0f;
+    }
+  }
+  if (a.sums == nullptr && a.counts == nullptr) return;
+  float* shared = reinterpret_cast<float*>(dynamic_shared());  // [4, warps, 32]
+  const float values[] = {total, count, mean, squares};
+  for (int i = 0; i < 4; i++) shared[(i * kGeneralWarps + warp) * kWarp + lane] = values[i];
+  __syncthreads();
+  if (warp > 0 || channel >= a.channels) return;
+  for (int w = 1; w < kGeneralWarps; w++) {
+    const float* other = shared + w * kWarp + lane;
+    constexpr int kNext = kGeneralWarps * kWarp;
+    total += other[0];
+    merge_moments_of(count, mean, squares, other[kNext], other[2 * kNext], other[3 * kNext]);
+    count += other[kNext];
+  }
+  if (a.sums != nullptr) a.sums[int64_t{part} * a.channels + channel] = total * a.sum_factor;
+  if (a.counts != nullptr) {
+    float* to = a.partials + int64_t{2} * part * a.channels + channel;
+    to[0] = mean * count;
+    to[a.channels] = squares;
+    if (channel == 0) a.counts[part] = count;
+  }
+}
+
+}  // namespace
+}  // namespace effkernels

@@ -1,0 +1,283 @@
+// What the depthwise kernels share: a block's tile, its rows in shared memory, and the prologue.
+#pragma once
+
+#include "common/cuda.h"
+#include "depthwise_conv/cuda.h"
+
+namespace effkernels {
+namespace {
+
+constexpr int kRing = 4;            // groups of rows in shared memory
+constexpr int kOperandVectors = 7;  // in the order of `operand_vector`
+constexpr int kBias = 7, kVectors = 8;
+
+// Pairs of channels in 16 bytes.
+template <class T>
+constexpr int kPairs = kVector<T> / 2;
+
+__host__ __device__ inline int smaller(int a, int b) { return a < b ? a : b; }
+__host__ __device__ inline int larger(int a, int b) { return a > b ? a : b; }
+
+// Two neighbouring values of a vector over channels, `other` where there are none.
+__device__ inline float2 channel_pair(const float* vector, int channel, int channels, float other) {
+  float2 result = {other, other};
+  if (vector != nullptr && channel < channels) result.x = vector[channel];
+  if (vector != nullptr && channel + 1 < channels) result.y = vector[channel + 1];
+  return result;
+}
+
+// This thread's place in a block's tile: a pair of channels of one strip of one image.
+struct Place {
+  int pair, strip, slot;  // slot: of the image, in the block
+  int image, channel;
+  int left;     // channels from the first of the thread's vectors on
+  bool active;  // the thread has something to compute
+
+  __device__ Place(int first_channel, int first_image, const DepthwiseTile& tile, int vector,
+                   int batch, int channels) {
+    const int thread = static_cast<int>(threadIdx.x), each = tile.pairs * tile.strips;
+    slot = thread / each;
+    strip = thread % each / tile.pairs;
+    pair = thread % tile.pairs;
+    image = first_image + slot;
+    channel = first_channel + 2 * pair;
+    left = channels - first_channel - thread % (tile.pairs * 2 / vector) * vector;
+    active = slot < tile.images && image < batch && channel < channels;
+  }
+};
+
+// The part of a block's rows that a thread brings to shared memory or takes from it: 16-byte
+// vectors of one pixel's channels, of every kPairs * strips-th column, kCount at most. Steps are
+// the same for all threads, and so cost no registers; the rest is kept in shared memory.
+template <class T, int kCount>
+struct RowPart {
+  unsigned inside = 0;         // bit j: the thread's vector j lies in the image
+  int global = 0, shared = 0;  // of the first: in values from the row, in bytes
+
+  static __device__ int global_step(const DepthwiseTile& tile, int channels) {
+    return kPairs<T> * tile.strips * channels;
+  }
+  static __device__ int shared_step(const DepthwiseTile& tile) {
+    return tile.pairs * tile.strips * 16;
+  }
+
+  // `columns` of a row, of which the first is column `x` of an image `width` wide.
+  __device__ RowPart(const Place& place, const DepthwiseTile& tile, int columns, int x, int width,
+                     int batch, int channels) {
+    const int vectors = tile.pairs / kPairs<T>;
+    const int thread = static_cast<int>(threadIdx.x) % (tile.pairs * tile.strips);
+    const int column = thread / vectors, vector = thread % vectors;
+    global = (x + column) * channels + channels - place.left;
+    shared = ((place.slot * columns + column) * vectors + vector) * 16;
+    if (place.slot >= tile.images || place.image >= batch || place.left <= 0) return;
+#pragma unroll
+    for (int j = 0; j < kCount; j++) {
+      const int at = column + j * kPairs<T> * tile.strips;
+      if (at < columns && static_cast<unsigned>(x + at) < static_cast<unsigned>(width)) {
+        inside |= 1u << j;
+      }
+    }
+  }
+
+  __device__ RowPart(const Words& words)
+      : inside(words.word[0]),
+        global(static_cast<int>(words.word[1])),
+        shared(static_cast<int>(words.word[2])) {}
+
+  // To be kept, with one more number.
+  __device__ Words words(int other) const {
+    Words words;
+    words.words = {inside, static_cast<unsigned>(global), static_cast<unsigned>(shared),
+                   static_cast<unsigned>(other)};
+    return words;
+  }
+
+  // Zeros for what `fetch` never writes.
+  __device__ void clear(unsigned char* row, const Place& place, const DepthwiseTile& tile,
+                        int columns, bool vectors) const {
+    const int each = tile.pairs * tile.strips;
+    const int first = static_cast<int>(threadIdx.x) % each;
+    if (place.slot >= tile.images) return;
+    row += place.slot * columns * tile.pairs / kPairs<T> * 16;
+#pragma unroll 1
+    for (int j = 0; j < kCount; j++) {
+      const int at = first + j * each;
+      if (at < columns * tile.pairs / kPairs<T> && !(vectors && (inside >> j & 1))) {
+        Words zero;
+        zero.words = {0, 0, 0, 0};
+        store_words(row + at * 16, zero);
+      }
+    }
+  }
+
+  // Zeros if the row is not `real`. left: channels from the vectors' first on.
+  __device__ void fetch(T* shared_row, const T* from, bool real, const DepthwiseTile& tile,
+                        int channels, int left, bool vectors) const {
+    unsigned char* row = reinterpret_cast<unsigned char*>(shared_row) + shared;
+    from += global;
+    if (vectors) {
+#pragma unroll
+      for (int j = 0; j < kCount; j++) {
+        if (inside >> j & 1) {
+          copy_async(row + j * shared_step(tile), from + j * global_step(tile, channels), real);
+        }
+      }
+      return;
+    }
+#pragma unroll 1
+    for (int j = 0; j < kCount; j++) {
+      T* to = reinterpret_cast<T*>(row + j * shared_step(tile));
+      if (!(inside >> j & 1)) continue;
+#pragma unroll 1
+      for (int c = 0; c < kVector<T> && c < left; c++) {
+        to[c] = real ? from[j * global_step(tile, channels) + c] : from_float<T>(0.0f);
+      }
+    }
+  }
+
+  __device__ void store(T* to, const T* shared_row, const DepthwiseTile& tile, int channels,
+                        int left, bool vectors) const {
+    const unsigned char* row = reinterpret_cast<const unsigned char*>(shared_row) + shared;
+    to += global;
+    if (vectors) {
+#pragma unroll
+      for (int j = 0; j < kCount; j++) {
+        if (inside >> j & 1) {
+          store_words(to + j * global_step(tile, channels),
+                      load_words(row + j * shared_step(tile)));
+        }
+      }
+      return;
+    }
+#pragma unroll 1
+    for (int j = 0; j < kCount; j++) {
+      const T* from = reinterpret_cast<const T*>(row + j * shared_step(tile));
+      if (!(inside >> j & 1)) continue;
+#pragma unroll 1
+      for (int c = 0; c < kVector<T> && c < left; c++) {
+        to[j * global_step(tile, channels) + c] = from[c];
+      }
+    }
+  }
+};
+
+// ---- Prologue
+
+__device__ inline float2 operand_vector(const DepthwiseOperand& operand, int index, int image,
+                                        int channel, int channels) {
+  const int64_t at = int64_t{image} * channels;
+  switch (index) {
+    case 0:
+      return channel_pair(operand.scale, channel, channels, 1.0f);
+    case 1:
+      return channel_pair(operand.shift, channel, channels, 0.0f);
+    case 2:
+      return channel_pair(operand.gate ? operand.gate + at : nullptr, channel, channels, 1.0f);
+    case 3:
+      return channel_pair(operand.offset ? operand.offset + at : nullptr, channel, channels, 0.0f);
+    case 4:
+      return channel_pair(operand.factor, channel, channels, 1.0f);
+    case 5:
+      return channel_pair(operand.slope, channel, channels, 0.0f);
+    default:
+      return channel_pair(operand.constant, channel, channels, 0.0f);
+  }
+}
+
+// Calls f(SiLU as a constant) or f(activation), which is then asked for at every value: networks
+// that do not have SiLU have something cheaper.
+struct AnyActivation {
+  Activation activation;
+  __device__ Activation operator()() const { return activation; }
+};
+
+template <class F>
+__device__ inline void with_silu(Activation activation, F&& f) {
+  if (activation == Activation::silu) return f(ActivationConstant<Activation::silu>{});
+  f(AnyActivation{activation});
+}
+
+template <class Constant>
+__device__ inline float2 activate_pair(Constant constant, float2 x) {
+  if constexpr (std::is_same_v<Constant, AnyActivation>) {
+    with_activation(constant(), [&](auto known) { x = activate_pair(known, x); });
+    return x;
+  } else {
+    return {activate<Constant{}()>(x.x), activate<Constant{}()>(x.y)};
+  }
+}
+
+template <class Constant>
+__device__ inline float2 slope_pair(Constant constant, float2 x) {
+  if constexpr (std::is_same_v<Constant, AnyActivation>) {
+    with_activation(constant(), [&](auto known) { x = slope_pair(known, x); });
+    return x;
+  } else {
+    return {slope<Constant{}()>(x.x), slope<Constant{}()>(x.y)};
+  }
+}
+
+__device__ inline float2 fma_pair(float2 a, float2 b, float2 c) {
+  return {a.x * b.x + c.x, a.y * b.y + c.y};
+}
+
+template <class Constant>
+__device__ inline float2 forward_operand(Constant activation, float2 z,
+                                         const float2 (&v)[kOperandVectors]) {
+  const float2 value = activate_pair(activation, fma_pair(z, v[0], v[1]));
+  return {value.x * v[2].x, value.y * v[2].y};
+}
+
+template <class Constant>
+__device__ inline float2 gradient_operand(Constant activation, float2 upstream, float2 z,
+                                          const float2 (&v)[kOperandVectors]) {
+  const float2 slope = slope_pair(activation, fma_pair(z, v[0], v[1]));
+  const float2 arriving = fma_pair(upstream, v[2], v[3]);
+  const float2 t = {arriving.x * slope.x, arriving.y * slope.y};
+  return fma_pair(v[4], t, fma_pair(v[5], z, v[6]));
+}
+
+// The operand of a row in shared memory, in its place: `count` columns of a pair of channels,
+// `step` values apart. vectors: the pair's, `pitch` floats apart.
+template <class T>
+__device__ inline void apply_operand(const DepthwiseOperand& operand, T* row, const T* z, int count,
+                                     int step, const float* vectors, int pitch) {
+  float2 v[kOperandVectors];
+  const bool forward = operand.kind == DepthwiseOperand::forward;
+#pragma unroll
+  for (int i = 0; i < 3; i++) v[i] = load2(vectors + i * pitch);
+  if (forward) {
+    with_silu(operand.activation, [&](auto activation) {
+#pragma unroll 2
+      for (int x = 0; x < count; x++, row += step) {
+        store2(row, forward_operand(activation, load2(row), v));
+      }
+    });
+    return;
+  }
+#pragma unroll
+  for (int i = 3; i < kOperandVectors; i++) v[i] = load2(vectors + i * pitch);
+  with_silu(operand.activation, [&](auto activation) {
+#pragma unroll 2
+    for (int x = 0; x < count; x++, row += step, z += step) {
+      const float2 before = operand.z ? load2(z) : float2{0.0f, 0.0f};
+      store2(row, gradient_operand(activation, load2(row), before, v));
+    }
+  });
+}
+
+// ---- Sums
+
+// Mean and sum of (value - mean)^2 of `count` values, and of `other_count` more (Chan, Golub and
+// LeVeque).
+__device__ inline void merge_moments_of(float count, float& mean, float& squares, float other_count,
+                                        float other_mean, float other_squares) {
+  const float total = count + other_count;
+  const float share = total > 0.0f ? other_count / total : 0.0f;
+  const float distance = other_mean - mean;
+  squares += other_squares + distance * distance * count * share;
+  mean += distance * share;
+}
+
+}  // namespace
+}  // namespace effkernels

@@ -1,0 +1,110 @@
+"""Tiles that the depthwise kernels of csrc/depthwise_conv run with."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_THREADS = 128  # of a block, at most; csrc/depthwise_conv/cuda.h kDepthwiseThreads
+_PAIRS = (8, 16, 24, 32, 48, 64)
+_SMALLEST_GROUP = 64  # threads of a block, at least
+
+
+@dataclass(frozen=True)
+class DepthwiseTile:
+    """What a block works on: ``pairs`` x ``strips`` x ``images`` threads.
+
+    Attributes:
+        pairs: of channels.
+        strips: of :func:`columns` neighbouring outputs, side by side; they share their input.
+        images: of the batch.
+        rows: outputs below each other. A block reads kernel - stride rows more than it needs.
+    """
+
+    pairs: int
+    strips: int
+    images: int
+    rows: int
+
+    def numbers(self) -> list[int]:
+        """As the kernels take it."""
+        return [self.pairs, self.strips, self.images, self.rows]
+
+
+def columns(kernel: Sequence[int]) -> int:
+    """Outputs of a thread, side by side; csrc/depthwise_conv/cuda.h depthwise_columns."""
+    return 4 if kernel[0] == 7 else 7
+
+
+def is_tuned(
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    between: Sequence[int] = (1, 1),
+) -> bool:
+    """Whether the window fits into registers; csrc/depthwise_conv/cuda.cu depthwise_is_tuned."""
+    return (
+        kernel[0] == kernel[1]
+        and kernel[0] in (3, 5, 7)
+        and stride[0] == stride[1]
+        and stride[0] <= 2
+        and tuple(dilation) == (1, 1)
+        and tuple(between) == (1, 1)
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(
+    batch: int, channels: int, height: int, width: int, across: int, itemsize: int, processors: int
+) -> DepthwiseTile:
+    """The tile for outputs of this size; ``across`` columns are a thread's.
+
+    Nothing has been measured. The share of threads that have something to do decides: channels
+    that fill their pairs, strips that fill the width, threads that fill their warps. Among equals
+    the one with more pairs, whose rows are read in longer pieces, then the one with more strips,
+    which share the columns between them. Rows: all of an image's, unless a processor would get
+    less than eight blocks.
+    """
+    vector = 8 // itemsize  # pairs of 16 bytes
+    best: tuple[tuple[float, int, int], DepthwiseTile] | None = None
+    most = -(-width // across)
+    for pairs in _PAIRS:
+        if pairs % vector:
+            continue
+        for strips in range(1, min(most, _THREADS // pairs) + 1):
+            for images in range(1, max(1, min(batch, _THREADS // (pairs * strips))) + 1):
+                used = pairs * strips * images
+                if used < _SMALLEST_GROUP and images < batch and 2 * used <= _THREADS:
+                    continue  # a block of one warp waits for its own loads
+                threads = -(-used // 32) * 32
+                across_blocks = -(-most // strips)
+                blocks = -(-channels // (2 * pairs)) * across_blocks * -(-batch // images)
+                share = batch * channels * width / (blocks * threads * 2 * across)
+                key = (round(share, 3), min(pairs, 32), strips)
+                if best is None or key > best[0]:
+                    best = key, DepthwiseTile(pairs, strips, images, max(1, height))
+    assert best is not None
+    tile = best[1]
+    blocks = -(-channels // (2 * tile.pairs)) * -(-most // tile.strips) * -(-batch // tile.images)
+    enough = 8 * processors
+    parts = max(1, min(-(-height // 4), -(-enough // max(blocks, 1))))
+    if blocks >= enough and height > 56:  # and then no image takes a processor much longer
+        parts = -(-height // 56)
+    return DepthwiseTile(tile.pairs, tile.strips, tile.images, max(1, -(-height // parts)))
+
+
+def processors(tensor: Tensor) -> int:
+    """Streaming multiprocessors of a tensor's device; an H100's for a CPU tensor."""
+    if tensor.device.type != "cuda":
+        return 132
+    return _processors(tensor.device.index)
+
+
+@functools.cache
+def _processors(index: int) -> int:
+    count: int = torch.cuda.get_device_properties(index).multi_processor_count
+    return count
