@@ -70,8 +70,8 @@ struct Sums {
   }
 };
 
-constexpr int forward_blocks(int kernel, int stride) {  // that registers are to allow
-  return kernel == 3 ? 4 : kernel == 7 ? 2 : stride == 1 ? 3 : 4;
+constexpr int forward_blocks(int kernel) {  // that registers are to allow
+  return kernel == 3 ? 4 : kernel == 5 ? 3 : 2;
 }
 
 // What a thread keeps in shared memory between its uses, 16 bytes each, beside its registers.
@@ -89,7 +89,7 @@ int64_t forward_shared(const DepthwiseTile& tile, const DepthwiseOperand& operan
 }
 
 template <class T, int kKernel, int kStride>
-__global__ void __launch_bounds__(kDepthwiseThreads, forward_blocks(kKernel, kStride))
+__global__ void __launch_bounds__(kDepthwiseThreads, forward_blocks(kKernel))
     window_kernel(ForwardArguments a) {
   using Window = Sums<kKernel, kStride>;
   constexpr int kDepth = Window::kDepth, kColumns = Window::kColumns;
@@ -317,6 +317,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, forward_blocks(kKernel, kSt
   const bool odd = place.channel + 1 == a.channels;  // the pair's second channel does not exist
   if (a.sums != nullptr) {
     float2 sum = {0.0f, 0.0f};
+#pragma unroll 1
     for (int s = 0; s < tile.strips; s++) {
       const Words other = total_of(thread + s * tile.pairs);
       const float factor = a.counts != nullptr ? counts[thread + s * tile.pairs] : 1.0f;
@@ -330,6 +331,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, forward_blocks(kKernel, kSt
   if (a.counts != nullptr && place.slot == 0) {
     Words totals = total_of(thread);
     float (&total)[4] = totals.value;
+#pragma unroll 1
     for (int t = thread + tile.pairs; t < threads; t += tile.pairs) {
       const Words other = total_of(t);
       merge_moments_of(count, total[0], total[2], counts[t], other.value[0], other.value[2]);

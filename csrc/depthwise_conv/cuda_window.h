@@ -186,14 +186,18 @@ __device__ inline float2 operand_vector(const DepthwiseOperand& operand, int ind
 
 // Calls f(SiLU as a constant) or f(activation), which is then asked for at every value: networks
 // that do not have SiLU have something cheaper.
+struct Silu : ActivationConstant<Activation::silu> {
+  static constexpr int kUnroll = 2;  // of loops
+};
 struct AnyActivation {
+  static constexpr int kUnroll = 1;
   Activation activation;
   __device__ Activation operator()() const { return activation; }
 };
 
 template <class F>
 __device__ inline void with_silu(Activation activation, F&& f) {
-  if (activation == Activation::silu) return f(ActivationConstant<Activation::silu>{});
+  if (activation == Activation::silu) return f(Silu{});
   f(AnyActivation{activation});
 }
 
@@ -248,7 +252,7 @@ __device__ inline void apply_operand(const DepthwiseOperand& operand, T* row, co
   for (int i = 0; i < 3; i++) v[i] = load2(vectors + i * pitch);
   if (forward) {
     with_silu(operand.activation, [&](auto activation) {
-#pragma unroll 2
+#pragma unroll(decltype(activation)::kUnroll)
       for (int x = 0; x < count; x++, row += step) {
         store2(row, forward_operand(activation, load2(row), v));
       }
@@ -258,7 +262,7 @@ __device__ inline void apply_operand(const DepthwiseOperand& operand, T* row, co
 #pragma unroll
   for (int i = 3; i < kOperandVectors; i++) v[i] = load2(vectors + i * pitch);
   with_silu(operand.activation, [&](auto activation) {
-#pragma unroll 2
+#pragma unroll(decltype(activation)::kUnroll)
     for (int x = 0; x < count; x++, row += step, z += step) {
       const float2 before = operand.z ? load2(z) : float2{0.0f, 0.0f};
       store2(row, gradient_operand(activation, load2(row), before, v));
