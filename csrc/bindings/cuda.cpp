@@ -63,7 +63,7 @@ DepthwiseOperand depthwise_operand(int64_t kind, int64_t activation, const Optio
   const int64_t channels = images.channels, each = images.count * channels;
   STD_TORCH_CHECK(kind >= 0 && kind <= 2, EFFKERNELS_LIBRARY "unknown operand");
   return {static_cast<DepthwiseOperand::Kind>(kind),
-          residual_of(z, dtype, images.size()),
+          residual_of(z, dtype, images.count * images.size()),
           floats("operand scale", scale, channels),
           floats("operand shift", shift, channels),
           floats("operand gate", gate, each),
@@ -139,6 +139,44 @@ void depthwise_conv(Tensor output, OptionalTensor sums, OptionalTensor mean, Opt
   depthwise_conv_cuda(args);
 }
 
+// totals and partials: for the taps, then the bias.
+void depthwise_gradient(OptionalTensor output, OptionalTensor totals, OptionalTensor partials,
+                        Tensor upstream, Tensor input, Tensor taps, OptionalTensor scale,
+                        OptionalTensor z, OptionalTensor gradient_scale,
+                        OptionalTensor gradient_shift, OptionalTensor gradient_gate,
+                        OptionalTensor offset, OptionalTensor factor, OptionalTensor slope,
+                        OptionalTensor constant, OptionalTensor forward_scale,
+                        OptionalTensor forward_shift, OptionalTensor forward_gate,
+                        std::vector<int64_t> geometry, std::vector<int64_t> kinds,
+                        std::vector<int64_t> tile, int64_t programs) {
+  const OnDevice device(upstream);
+  const DType dtype = dtype_of(upstream);
+  const Images in = images_of(input);
+  const Geometry g = geometry_of(geometry);
+  const Images up = images_of(upstream);
+  STD_TORCH_CHECK(kinds.size() == 4 && programs > 0 && up.count == in.count &&
+                      up.channels == in.channels && dtype_of(taps) == dtype &&
+                      dtype_of(input) == dtype,
+                  EFFKERNELS_LIBRARY "depthwise_gradient: tensors that do not belong together");
+  const int64_t channels = in.channels, rows = g.kernel_h * g.kernel_w;
+  check_size("taps", taps, rows * channels);
+  const int64_t sums = (rows + 1) * channels;
+  const auto floats_of = [](const char* name, const OptionalTensor& tensor, int64_t size) {
+    return tensor ? static_cast<float*>(writable(name, *tensor, DType::f32, size)) : nullptr;
+  };
+  depthwise_gradient_cuda(
+      {dtype, output ? writable("output", *output, dtype, in.count * in.size()) : nullptr,
+       floats_of("totals", totals, sums), floats_of("partials", partials, programs * sums),
+       upstream.const_data_ptr(), input.const_data_ptr(), in, up.height, up.width,
+       taps.const_data_ptr(), g, floats("scale", scale, channels),
+       depthwise_operand(kinds[0], kinds[1], z, gradient_scale, gradient_shift, gradient_gate,
+                         offset, factor, slope, constant, dtype, up),
+       depthwise_operand(kinds[2], kinds[3], std::nullopt, forward_scale, forward_shift,
+                         forward_gate, std::nullopt, std::nullopt, std::nullopt, std::nullopt,
+                         dtype, in),
+       depthwise_tile(tile), programs, device.stream()});
+}
+
 }  // namespace
 }  // namespace effkernels
 
@@ -150,6 +188,13 @@ STABLE_TORCH_LIBRARY(effkernels_cuda, m) {
       "Tensor? operand_scale, Tensor? operand_shift, Tensor? gate, Tensor? offset, "
       "Tensor? factor, Tensor? slope, Tensor? constant, int[] geometry, int[] between, "
       "bool flipped, int activation, int operand_kind, int operand_activation, int[] tile) -> ()");
+  m.def(
+      "depthwise_gradient(Tensor(a!)? output, Tensor(b!)? totals, Tensor(c!)? partials, "
+      "Tensor upstream, Tensor input, Tensor taps, Tensor? scale, Tensor? z, "
+      "Tensor? gradient_scale, Tensor? gradient_shift, Tensor? gradient_gate, Tensor? offset, "
+      "Tensor? factor, Tensor? slope, Tensor? constant, Tensor? forward_scale, "
+      "Tensor? forward_shift, Tensor? forward_gate, int[] geometry, int[] kinds, int[] tile, "
+      "int programs) -> ()");
 #if defined(EFFKERNELS_EMULATED)
   m.def("configure(int seed, int capability, int processors, int shared_memory) -> ()");
 #endif
@@ -162,6 +207,7 @@ STABLE_TORCH_LIBRARY_IMPL(effkernels_cuda, CUDA, m) {
 #endif
   m.impl("activation", TORCH_BOX(&effkernels::activation));
   m.impl("depthwise_conv", TORCH_BOX(&effkernels::depthwise_conv));
+  m.impl("depthwise_gradient", TORCH_BOX(&effkernels::depthwise_gradient));
 }
 
 #if defined(EFFKERNELS_EMULATED)

@@ -4,6 +4,7 @@
 #include "depthwise_conv/cuda.h"
 #include "depthwise_conv/cuda_forward.h"
 #include "depthwise_conv/cuda_general.h"
+#include "depthwise_conv/cuda_gradient.h"
 #include "depthwise_conv/cuda_sums.h"
 
 namespace effkernels {
@@ -185,6 +186,135 @@ void depthwise_conv_cuda(const DepthwiseConvCuda& args) {
   }
   if (args.moments != nullptr) {
     merge_moments(args.moments, args.workspace, grid.parts(), channels, args.stream);
+  }
+}
+
+namespace {
+
+template <class T, int kKernel, int kStride>
+void run_gradient(const DepthwiseGradientCuda& args, GradientArguments a) {
+  const DepthwiseTile& tile = args.tile;
+  using M = Meeting<kKernel, kStride>;
+  check_tile(tile, kPairs<T>);
+  const int64_t shared = gradient_shared<T, kKernel, kStride>(tile, args.gradient);
+  check_shared(shared);
+  const auto groups = [](int64_t before, int64_t size) {
+    return ceil_div(before + size, kStride) - before / kStride;
+  };
+  const int64_t columns =
+      ceil_div(groups(args.geometry.left, args.in.width), tile.strips * M::kColumns);
+  const int64_t rows = ceil_div(groups(args.geometry.top, args.in.height), tile.rows);
+  const int64_t items = columns * rows * ceil_div(args.in.count, tile.images);
+  check_sizes(args.in, args.up_height, args.up_width, items);
+  a.chunks = static_cast<int>(ceil_div(args.in.channels, 2 * tile.pairs));
+  a.column_blocks = static_cast<int>(columns);
+  a.row_blocks = static_cast<int>(rows);
+  a.items = static_cast<int>(items);
+  const int64_t programs = args.totals ? args.programs : items;
+  a.items_each = static_cast<int>(ceil_div(items, programs));
+  const int64_t threads = round_up(tile.pairs * tile.strips * tile.images, kWarp);
+  require(programs * a.chunks < int64_t{1} << 31, "more blocks than a launch can have");
+  launch(gradient_kernel<T, kKernel, kStride>, dim3(static_cast<unsigned>(programs * a.chunks)),
+         static_cast<int>(threads), shared, args.stream, a);
+}
+
+template <class T>
+void run_general_gradient(const DepthwiseGradientCuda& args, const GradientArguments& a) {
+  const Geometry& g = args.geometry;
+  const auto number = [](int64_t value) { return static_cast<int>(value); };
+  const int64_t pixels = args.in.count * args.up_height * args.up_width;
+  const int64_t chunks = ceil_div(args.in.channels, kWarp);
+  const GeneralGradientArguments general = {a.upstream,
+                                            a.input,
+                                            a.partials,
+                                            a.gradient,
+                                            a.forward,
+                                            pixels,
+                                            ceil_div(pixels, args.programs),
+                                            a.channels,
+                                            a.height,
+                                            a.width,
+                                            a.up_height,
+                                            a.up_width,
+                                            number(g.kernel_h),
+                                            number(g.kernel_w),
+                                            number(g.stride_h),
+                                            number(g.stride_w),
+                                            number(g.dilation_h),
+                                            number(g.dilation_w),
+                                            a.top,
+                                            a.left,
+                                            number(chunks)};
+  const int64_t blocks = args.programs * (g.kernel_h * g.kernel_w + 1) * chunks;
+  check_sizes(args.in, args.up_height, args.up_width, blocks);
+  launch(general_gradient_kernel<T>, dim3(static_cast<unsigned>(blocks)), kGeneralWarps * kWarp,
+         kGeneralWarps * kWarp * 4, args.stream, general);
+}
+
+}  // namespace
+
+bool depthwise_gradient_is_tuned(const DepthwiseGradientCuda& args) {
+  const Geometry& g = args.geometry;
+  // Each upstream row and column has to be in reach of the input's first or last groups, where
+  // they are taken in for the bias.
+  const auto in_reach = [&](int64_t before, int64_t size, int64_t up_size) {
+    const int64_t reach = ceil_div(g.kernel_h, g.stride_h);
+    return before / g.stride_h < reach && up_size <= ceil_div(before + size, g.stride_h);
+  };
+  return depthwise_is_tuned(g, 1, 1) && g.kernel_h <= 5 &&
+         in_reach(g.top, args.in.height, args.up_height) &&
+         in_reach(g.left, args.in.width, args.up_width);
+}
+
+void depthwise_gradient_cuda(const DepthwiseGradientCuda& args) {
+  require(args.programs > 0, "no programs");
+  require(args.totals == nullptr || args.partials != nullptr, "sums without partial sums");
+  const Geometry& g = args.geometry;
+  const int64_t channels = args.in.channels, rows = g.kernel_h * g.kernel_w + 1;
+  if (args.in.count == 0 || channels == 0) {
+    require(args.totals == nullptr || channels == 0, "sums over no images");
+    return;
+  }
+  const bool tuned = depthwise_gradient_is_tuned(args);
+  require(tuned || args.output == nullptr, "no kernel for the input's gradient");
+  const bool vectors = is_aligned(args.output) && is_aligned(args.input) &&
+                       is_aligned(args.upstream) && is_aligned(args.gradient.z) &&
+                       channels % (args.dtype == DType::f32 ? 4 : 8) == 0;
+  const GradientArguments a = {args.output,
+                               args.upstream,
+                               args.input,
+                               args.taps,
+                               args.scale,
+                               args.totals ? args.partials : nullptr,
+                               args.gradient,
+                               args.forward,
+                               args.tile,
+                               static_cast<int>(args.in.count),
+                               static_cast<int>(channels),
+                               static_cast<int>(args.in.height),
+                               static_cast<int>(args.in.width),
+                               static_cast<int>(args.up_height),
+                               static_cast<int>(args.up_width),
+                               static_cast<int>(g.top),
+                               static_cast<int>(g.left),
+                               0,
+                               0,
+                               0,
+                               0,
+                               0,
+                               vectors};
+  with_dtype(args.dtype, [&](auto value) {
+    using T = decltype(value);
+    if (!tuned) {
+      run_general_gradient<T>(args, a);
+    } else if (g.kernel_h == 3) {
+      g.stride_h == 1 ? run_gradient<T, 3, 1>(args, a) : run_gradient<T, 3, 2>(args, a);
+    } else {
+      g.stride_h == 1 ? run_gradient<T, 5, 1>(args, a) : run_gradient<T, 5, 2>(args, a);
+    }
+  });
+  if (args.totals != nullptr) {
+    sum_rows(args.totals, args.partials, 1, args.programs, rows * channels, 1.0f, args.stream);
   }
 }
 

@@ -68,4 +68,29 @@ int64_t depthwise_workspace(const DepthwiseConvCuda& args);
 
 void depthwise_conv_cuda(const DepthwiseConvCuda& args);
 
+// The gradients of a depthwise convolution for its input and for its taps and bias.
+struct DepthwiseGradientCuda {
+  DType dtype;           // of output, upstream, input and taps
+  void* output;          // [count, height, width, channels]: the gradient for the input, or null
+  float* totals;         // [kernel_h * kernel_w + 1, channels] or null: for the taps, then the bias
+  float* partials;       // [programs] of totals
+  const void* upstream;  // [count, up_height, up_width, channels]
+  const void* input;     // [count, height, width, channels]; unread without totals
+  Images in;             // of the input
+  int64_t up_height, up_width;
+  const void* taps;           // [kernel_h * kernel_w, channels]; unread without output
+  Geometry geometry;          // of the convolution
+  const float* scale;         // [channels] or null: of the convolution, for output
+  DepthwiseOperand gradient;  // of upstream
+  DepthwiseOperand forward;   // of input
+  DepthwiseTile tile;         // of groups of stride outputs
+  int64_t programs;           // that share the sums for totals
+  void* stream;
+};
+
+// Whether one kernel gives both; else totals alone are given, by the general kernel.
+bool depthwise_gradient_is_tuned(const DepthwiseGradientCuda& args);
+
+void depthwise_gradient_cuda(const DepthwiseGradientCuda& args);
+
 }  // namespace effkernels

@@ -143,8 +143,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, forward_blocks(kKernel))
     const Out out(place, tile, tile.strips * kColumns, first_x, a.out_width, a.batch, a.channels);
 #pragma unroll 1
     for (int row = 0; row < (a.operand.z ? 2 : 1) * kRing * kStride; row++) {
-      in.clear(reinterpret_cast<unsigned char*>(ring + row * row_values), place, tile, columns,
-               a.vectors);
+      in.clear(ring + row * row_values, place, tile, columns, a.vectors);
     }
     store_words(kept + kInput * kept_pitch, in.words(place.left));
     store_words(kept + kOutput * kept_pitch, out.words(place.image));
@@ -170,18 +169,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, forward_blocks(kKernel))
     store2(to + kBias * pitch, channel_pair(a.bias, place.channel, a.channels, 0.0f));
   }
   float2 taps[kKernel * kKernel];
-  {
-    const float2 scale = channel_pair(a.scale, place.channel, a.channels, 1.0f);
-    const int tap_step = a.flipped ? -a.channels : a.channels;
-    const T* at = static_cast<const T*>(a.taps) + place.channel;
-    if (a.flipped) at += (kKernel * kKernel - 1) * a.channels;
-#pragma unroll
-    for (int i = 0; i < kKernel * kKernel; i++) {
-      taps[i] = {0.0f, 0.0f};
-      if (place.channel < a.channels) taps[i].x = to_float(at[i * tap_step]) * scale.x;
-      if (place.channel + 1 < a.channels) taps[i].y = to_float(at[i * tap_step + 1]) * scale.y;
-    }
-  }
+  load_taps(taps, static_cast<const T*>(a.taps), a.scale, place.channel, a.channels, a.flipped);
 
   // Input rows g * kStride - top and, of stride 2, the next are group g. The first groups may be
   // nothing but padding; a group finishes the output row g - (kDepth - 1).

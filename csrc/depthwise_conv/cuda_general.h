@@ -119,5 +119,56 @@ __global__ void __launch_bounds__(kGeneralWarps* kWarp) general_kernel(GeneralAr
   }
 }
 
+struct GeneralGradientArguments {
+  const void* upstream;
+  const void* input;
+  float* partials;  // [programs, taps + 1, channels]: the last is the bias's
+  DepthwiseOperand gradient, forward;
+  int64_t pixels, pixels_each;  // of the upstream gradient: all, a program's
+  int channels, height, width, up_height, up_width;
+  int kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w, top, left;
+  int chunks;
+};
+
+// A block has one tap, or the bias, of 32 channels and a program's pixels.
+template <class T>
+__global__ void __launch_bounds__(kGeneralWarps* kWarp)
+    general_gradient_kernel(GeneralGradientArguments a) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  int block = static_cast<int>(blockIdx.x);
+  const int channel = block % a.chunks * kWarp + lane;
+  block /= a.chunks;
+  const int taps = a.kernel_h * a.kernel_w, tap = block % (taps + 1), program = block / (taps + 1);
+  const int64_t first = program * a.pixels_each;
+  const int64_t end = first + a.pixels_each < a.pixels ? first + a.pixels_each : a.pixels;
+  float total = 0.0f;
+#pragma unroll 1
+  for (int64_t pixel = first + warp; pixel < end && channel < a.channels; pixel += kGeneralWarps) {
+    const int64_t row = pixel / a.up_width;
+    const int image = static_cast<int>(row / a.up_height);
+    const int y =
+        static_cast<int>(row % a.up_height) * a.stride_h + tap / a.kernel_w * a.dilation_h - a.top;
+    const int x = static_cast<int>(pixel % a.up_width) * a.stride_w +
+                  tap % a.kernel_w * a.dilation_w - a.left;
+    const bool inside = y >= 0 && y < a.height && x >= 0 && x < a.width;
+    if (tap < taps && !inside) continue;
+    float value = OperandOfChannel(a.gradient, image, channel, a.channels)
+                      .template operator()<T>(a.gradient, a.upstream, pixel * a.channels + channel);
+    if (tap < taps) {
+      const int64_t at = (int64_t{image} * a.height + y) * a.width + x;
+      value *= OperandOfChannel(a.forward, image, channel, a.channels)
+                   .template operator()<T>(a.forward, a.input, at * a.channels + channel);
+    }
+    total += value;
+  }
+  float* shared = reinterpret_cast<float*>(dynamic_shared());  // [warps, 32]
+  shared[threadIdx.x] = total;
+  __syncthreads();
+  if (warp > 0 || channel >= a.channels) return;
+#pragma unroll
+  for (int w = 1; w < kGeneralWarps; w++) total += shared[w * kWarp + lane];
+  a.partials[(int64_t{program} * (taps + 1) + tap) * a.channels + channel] = total;
+}
+
 }  // namespace
 }  // namespace effkernels

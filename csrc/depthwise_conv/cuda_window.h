@@ -93,12 +93,13 @@ struct RowPart {
   }
 
   // Zeros for what `fetch` never writes.
-  __device__ void clear(unsigned char* row, const Place& place, const DepthwiseTile& tile,
-                        int columns, bool vectors) const {
+  __device__ void clear(T* shared_row, const Place& place, const DepthwiseTile& tile, int columns,
+                        bool vectors) const {
     const int each = tile.pairs * tile.strips;
     const int first = static_cast<int>(threadIdx.x) % each;
     if (place.slot >= tile.images) return;
-    row += place.slot * columns * tile.pairs / kPairs<T> * 16;
+    unsigned char* row = reinterpret_cast<unsigned char*>(shared_row) +
+                         place.slot * columns * tile.pairs / kPairs<T> * 16;
 #pragma unroll 1
     for (int j = 0; j < kCount; j++) {
       const int at = first + j * each;
@@ -160,6 +161,21 @@ struct RowPart {
     }
   }
 };
+
+// The window's taps times `scale`; `flipped`: the last one first.
+template <int kTaps, class T>
+__device__ inline void load_taps(float2 (&taps)[kTaps], const T* from, const float* scales,
+                                 int channel, int channels, bool flipped) {
+  const float2 scale = channel_pair(scales, channel, channels, 1.0f);
+  const int step = flipped ? -channels : channels;
+  from += channel + (flipped ? (kTaps - 1) * channels : 0);
+#pragma unroll
+  for (int i = 0; i < kTaps; i++) {
+    taps[i] = {0.0f, 0.0f};
+    if (channel < channels) taps[i].x = to_float(from[i * step]) * scale.x;
+    if (channel + 1 < channels) taps[i].y = to_float(from[i * step + 1]) * scale.y;
+  }
+}
 
 // ---- Prologue
 
@@ -246,6 +262,7 @@ __device__ inline float2 gradient_operand(Constant activation, float2 upstream, 
 template <class T>
 __device__ inline void apply_operand(const DepthwiseOperand& operand, T* row, const T* z, int count,
                                      int step, const float* vectors, int pitch) {
+  if (count == 0) return;
   float2 v[kOperandVectors];
   const bool forward = operand.kind == DepthwiseOperand::forward;
 #pragma unroll

@@ -110,9 +110,7 @@ def _function(module: str, name: str) -> Callable[..., Any]:
 
     @functools.cache
     def load() -> Callable[..., Any]:
-        found: Callable[..., Any] = getattr(
-            importlib.import_module(f"{__name__}.{module}"), name
-        )
+        found: Callable[..., Any] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
         return found
 
     return lambda *arguments: load()(*arguments)

@@ -238,4 +238,40 @@ def depthwise_conv_backward(
     gradients: tuple[Tensor | None, ...],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of :func:`depthwise_conv` for input, weight, scale and bias."""
-    raise NotImplementedError
+    from .depthwise_conv_gradient import both_gradients, input_gradient, weight_gradient
+
+    input, weight, scale, bias, stride, padding, dilation, activation, _ = arguments
+    upstream, mean_gradient = gradients
+    results: list[Tensor | None] = [None] * len(arguments)
+    if (upstream is None and mean_gradient is None) or not any(needed):
+        return tuple(results)
+    geometry = (weight.shape[2:], stride, padding, dilation)
+    height, width = output_size(input.shape[2:], *geometry)
+    if upstream is None:  # only the mean was used
+        upstream = empty_nhwc(input, input.shape[1], height, width).zero_()
+    input, taps = nhwc(input), pack_taps(weight)
+    gradient = Gradient()
+    if mean_gradient is not None:
+        gradient = gradient._replace(offset=mean_gradient.float() / (height * width))
+    if activation != "none":
+        before = convolve(input, taps, *geometry, scale=scale, bias=bias)
+        gradient = gradient._replace(z=before.output, activation=activation)
+    if not any(needed[1:4]):
+        results[0] = input_gradient(upstream, taps, *geometry, input.shape[2:], gradient, scale)
+        return tuple(results)
+    if needed[0]:
+        results[0], for_taps, for_bias = both_gradients(
+            upstream, gradient, input, _PLAIN, taps, *geometry, scale
+        )
+    else:
+        for_taps, for_bias = weight_gradient(
+            upstream, gradient, input, _PLAIN, *geometry, bias=True
+        )
+    if needed[1]:
+        for_weight = for_taps if scale is None else for_taps * scale
+        results[1] = for_weight.t().reshape(weight.shape)
+    if needed[2]:
+        results[2] = (for_taps * taps).sum(0)
+    if needed[3]:
+        results[3] = for_bias
+    return tuple(results)

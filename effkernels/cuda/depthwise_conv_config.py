@@ -57,6 +57,34 @@ def is_tuned(
     )
 
 
+def groups(before: int, size: int, stride: int) -> int:
+    """Groups of ``stride`` rows that an image's are in, counted with ``before`` of padding."""
+    return -(-(before + size) // stride) - before // stride
+
+
+def gradient_is_tuned(
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    size: Sequence[int],
+    up_size: Sequence[int],
+) -> bool:
+    """Whether one kernel gives both gradients; cuda.cu depthwise_gradient_is_tuned."""
+
+    def in_reach(before: int, size: int, up_size: int) -> bool:
+        reach = -(-kernel[0] // stride[0])
+        return before // stride[0] < reach and up_size <= -(-(before + size) // stride[0])
+
+    left, _, top, _ = padding
+    return (
+        is_tuned(kernel, stride, dilation)
+        and kernel[0] <= 5
+        and in_reach(top, size[0], up_size[0])
+        and in_reach(left, size[1], up_size[1])
+    )
+
+
 @functools.lru_cache(maxsize=4096)
 def choose(
     batch: int, channels: int, height: int, width: int, across: int, itemsize: int, processors: int

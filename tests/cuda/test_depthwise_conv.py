@@ -10,7 +10,13 @@ from torch import Tensor
 
 from effkernels import ops
 from effkernels.ops import ACTIVATIONS
-from tests.ops._cases import Arguments, Case, assert_memory_kept, assert_parity
+from tests.ops._cases import (
+    Arguments,
+    Case,
+    assert_memory_kept,
+    assert_parity,
+    gradient_function,
+)
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -69,6 +75,15 @@ def run(tensors: dict[str, Tensor], chosen: dict[str, Any]) -> Any:
 def test_matches_reference(device, dtype, name):
     case = CASES[name]
     assert_parity("native", run, lambda repetition: arguments(case, dtype, device, repetition))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradient(device, dtype, name):
+    case = CASES[name]
+    gradients = gradient_function(ops.depthwise_conv)
+    assert_parity(
+        "native", gradients, lambda repetition: arguments(case, dtype, device, repetition)
+    )
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
