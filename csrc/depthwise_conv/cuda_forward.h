@@ -70,8 +70,8 @@ struct Sums {
   }
 };
 
-constexpr int forward_blocks(int kernel) {  // that registers are to allow
-  return kernel == 3 ? 4 : kernel == 5 ? 3 : 2;
+constexpr int forward_blocks(int size, int kernel) {  // that registers are to allow
+  return kernel == 3 ? 4 : kernel == 5 && size == 2 ? 3 : 2;
 }
 
 // What a thread keeps in shared memory between its uses, 16 bytes each, beside its registers.
@@ -89,7 +89,7 @@ int64_t forward_shared(const DepthwiseTile& tile, const DepthwiseOperand& operan
 }
 
 template <class T, int kKernel, int kStride>
-__global__ void __launch_bounds__(kDepthwiseThreads, forward_blocks(kKernel))
+__global__ void __launch_bounds__(kDepthwiseThreads, forward_blocks(sizeof(T), kKernel))
     window_kernel(ForwardArguments a) {
   using Window = Sums<kKernel, kStride>;
   constexpr int kDepth = Window::kDepth, kColumns = Window::kColumns;
@@ -179,7 +179,10 @@ __global__ void __launch_bounds__(kDepthwiseThreads, forward_blocks(kKernel))
   const auto is_inside = [&](int y) {
     return static_cast<unsigned>(y) < static_cast<unsigned>(a.height);
   };
-  const auto fetch = [&](int group, int slot) {
+  const auto slot_of = [](int group) {
+    return static_cast<int>(static_cast<unsigned>(group) % kRing);
+  };
+  const auto fetch = [&](int group) {
     if (group < end) {
       const Words words = recall(kInput);
       const int64_t image = static_cast<int>(recall(kOutput).word[3]);
@@ -190,7 +193,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, forward_blocks(kKernel))
         const int y = group * kStride + phase - a.top;
         const bool real = is_inside(y);
         const T* from = static_cast<const T*>(tensor == 0 ? a.input : a.operand.z);
-        T* to = (tensor == 0 ? ring : z_ring) + slot * group_values + phase * row_values;
+        T* to = (tensor == 0 ? ring : z_ring) + slot_of(group) * group_values + phase * row_values;
         in.fetch(to, from + (image * a.height + (real ? y : 0)) * in_row, real, tile, a.channels,
                  static_cast<int>(words.word[3]), a.vectors);
       }
@@ -204,14 +207,14 @@ __global__ void __launch_bounds__(kDepthwiseThreads, forward_blocks(kKernel))
     const int left = a.vectors ? 0 : static_cast<int>(recall(kInput).word[3]);
     Out(words).store(to, row, tile, a.channels, left, a.vectors);
   };
-  const auto apply = [&](int group, int slot) {
+  const auto apply = [&](int group) {
     if (group < begin || group >= end) return;
     const Words words = recall(kOthers);
     const int start = static_cast<int>(words.word[0]), count = static_cast<int>(words.word[1]);
 #pragma unroll 1
     for (int phase = 0; phase < kStride; phase++) {
       if (!is_inside(group * kStride + phase - a.top)) continue;
-      const int at = slot * group_values + phase * row_values + start;
+      const int at = slot_of(group) * group_values + phase * row_values + start;
       apply_operand(a.operand, ring + at, z_ring + at, count, tile.strips * step,
                     vectors + words.word[2], pitch);
     }
@@ -219,7 +222,6 @@ __global__ void __launch_bounds__(kDepthwiseThreads, forward_blocks(kKernel))
 
   Window sums;
   sums.clear();
-  int slot = 1, stored = -1;  // the row in `results` that is yet to be stored
   // A step multiplies one group, applies the operand to the next and asks for the one that is
   // kRing - 1 ahead; the first steps only do the latter.
 #pragma unroll 1
@@ -231,21 +233,15 @@ __global__ void __launch_bounds__(kDepthwiseThreads, forward_blocks(kKernel))
       wait_copies<kRing - 2>();
     }
     __syncthreads();
-    fetch(group + kRing - 1, slot == 0 ? kRing - 1 : slot - 1);
-    if (stored >= 0) store(stored, results + (group & 1 ? 0 : result_values));
-    stored = -1;
-    if (has_operand) apply(group + 1, slot == kRing - 1 ? 0 : slot + 1);
-    const T* row = ring + slot * group_values + row_start;
-    if (group < begin) {
-      slot = slot == kRing - 1 ? 0 : slot + 1;
-      continue;
-    }
+    fetch(group + kRing - 1);
+    const int out_y = group - (kDepth - 1);
+    if (out_y > first_y) store(out_y - 1, results + (group & 1 ? 0 : result_values));
+    if (has_operand) apply(group + 1);
+    if (group < begin) continue;
+    const T* row = ring + slot_of(group) * group_values + row_start;
     sums.template add<0>(row, step, taps);
     if (kStride == 2) sums.template add<kStride - 1>(row + row_values, step, taps);
-    slot = slot == kRing - 1 ? 0 : slot + 1;
-    const int out_y = group - (kDepth - 1);
     if (out_y < first_y) continue;
-    stored = out_y;
     float2(&values)[kColumns] = sums.rows[kDepth - 1];
     const Words others = recall(kOthers);
     const float2 bias = load2(vectors + kBias * pitch + others.word[2]);
@@ -274,7 +270,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, forward_blocks(kKernel))
       total[1] += sum.y;
     } else {  // row by row, so that nothing is lost to cancellation
       const float count = static_cast<float>(valid), before = count * (out_y - first_y);
-      sum = {sum.x / count, sum.y / count};
+      sum = {divide_fast(sum.x, count), divide_fast(sum.y, count)};
       float2 distances = {0.0f, 0.0f};
 #pragma unroll
       for (int s = 0; s < kColumns; s++) {
@@ -288,7 +284,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, forward_blocks(kKernel))
   }
   wait_copies<0>();
   __syncthreads();
-  if (stored >= 0) store(stored, results + ((end - 1) & 1 ? result_values : 0));
+  if (end_y > first_y) store(end_y - 1, results + ((end - 1) & 1 ? result_values : 0));
   if (a.sums == nullptr && a.counts == nullptr) return;
 
   // A block's strips, and for moments its images, are added in their order.
@@ -311,8 +307,9 @@ __global__ void __launch_bounds__(kDepthwiseThreads, forward_blocks(kKernel))
       const float factor = a.counts != nullptr ? counts[thread + s * tile.pairs] : 1.0f;
       sum = {sum.x + other.value[0] * factor, sum.y + other.value[1] * factor};
     }
-    const int64_t blocks = int64_t{a.column_blocks} * a.row_blocks;
-    float* to = a.sums + (place.image * blocks + part % blocks) * a.channels + place.channel;
+    const int blocks = a.column_blocks * a.row_blocks;
+    float* to =
+        a.sums + (int64_t{place.image} * blocks + part % blocks) * a.channels + place.channel;
     to[0] = sum.x * a.sum_factor;
     if (!odd) to[1] = sum.y * a.sum_factor;
   }

@@ -7,7 +7,7 @@
 namespace effkernels {
 namespace {
 
-constexpr int kGeneralWarps = 4;
+constexpr int kGeneralWarps = 4, kGeneralBlocks = 8;
 
 struct GeneralArguments {
   void* output;
@@ -54,7 +54,8 @@ struct OperandOfChannel {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kGeneralWarps* kWarp) general_kernel(GeneralArguments a) {
+__global__ void __launch_bounds__(kGeneralWarps* kWarp, kGeneralBlocks)
+    general_kernel(GeneralArguments a) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   int block = static_cast<int>(blockIdx.x);
   const int channel = block % a.chunks * kWarp + lane;
@@ -68,10 +69,10 @@ __global__ void __launch_bounds__(kGeneralWarps* kWarp) general_kernel(GeneralAr
     const int64_t in_image = int64_t{image} * a.height * a.width;
     const int64_t out_image = int64_t{image} * a.out_height * a.out_width;
     const float scale = a.scale ? a.scale[channel] : 1.0f, bias = a.bias ? a.bias[channel] : 0.0f;
-    for (int64_t pixel = int64_t{first_y} * a.out_width + warp;
-         pixel < int64_t{end_y} * a.out_width; pixel += kGeneralWarps) {
-      const int out_y = static_cast<int>(pixel / a.out_width);
-      const int out_x = static_cast<int>(pixel % a.out_width);
+    for (int out_y = first_y, out_x = warp; out_y < end_y; out_x += kGeneralWarps) {
+      for (; out_x >= a.out_width; out_x -= a.out_width) out_y++;
+      if (out_y >= end_y) break;
+      const int64_t pixel = int64_t{out_y} * a.out_width + out_x;
       float sum = 0.0f;
       for (int i = 0; i < a.kernel_h; i++) {
         const int y = out_y * a.stride_h + i * a.dilation_h - a.top;
@@ -132,7 +133,7 @@ struct GeneralGradientArguments {
 
 // A block has one tap, or the bias, of 32 channels and a program's pixels.
 template <class T>
-__global__ void __launch_bounds__(kGeneralWarps* kWarp)
+__global__ void __launch_bounds__(kGeneralWarps* kWarp, kGeneralBlocks)
     general_gradient_kernel(GeneralGradientArguments a) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   int block = static_cast<int>(blockIdx.x);

@@ -47,8 +47,13 @@ int64_t gradient_shared(const DepthwiseTile& tile, const DepthwiseOperand& gradi
   return max_of(pairs + 4 * 16 * threads, (kKernel * kKernel + 1) * 8 * threads);
 }
 
+constexpr int gradient_blocks(int size, int kernel, int stride) {  // that registers are to allow
+  if (size == 4) return kernel == 3 ? 5 - stride : 2;
+  return kernel == 3 ? 4 : 3;
+}
+
 template <class T, int kKernel, int kStride>
-__global__ void __launch_bounds__(kDepthwiseThreads, kKernel == 3 ? 4 : 3)
+__global__ void __launch_bounds__(kDepthwiseThreads, gradient_blocks(sizeof(T), kKernel, kStride))
     gradient_kernel(GradientArguments a) {
   using M = Meeting<kKernel, kStride>;
   constexpr int kColumns = M::kColumns, kReach = M::kReach, kTaps = kKernel * kKernel;
@@ -120,7 +125,8 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kKernel == 3 ? 4 : 3)
       }
 #pragma unroll 1
       for (int row = 0; row < kInputRing * kStride; row++) {
-        in.clear(in_ring + row * in_values, place, tile, in_columns, a.vectors);
+        in.clear(in_ring + row * in_values, place, tile, in_columns,
+                 a.vectors && a.partials != nullptr);
       }
       store_words(kept + kUp * kept_pitch, up.words(place.left));
       store_words(kept + kIn * kept_pitch, in.words(place.image));

@@ -294,7 +294,7 @@ __device__ inline void apply_operand(const DepthwiseOperand& operand, T* row, co
 __device__ inline void merge_moments_of(float count, float& mean, float& squares, float other_count,
                                         float other_mean, float other_squares) {
   const float total = count + other_count;
-  const float share = total > 0.0f ? other_count / total : 0.0f;
+  const float share = total > 0.0f ? divide_fast(other_count, total) : 0.0f;
   const float distance = other_mean - mean;
   squares += other_squares + distance * distance * count * share;
   mean += distance * share;

@@ -6,16 +6,24 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from effkernels import ops
+from effkernels.cuda import depthwise_conv
+from effkernels.cuda import depthwise_conv_gradient as gradients
+from effkernels.cuda.depthwise_conv_config import DepthwiseTile
 from effkernels.ops import ACTIVATIONS
+from effkernels.ops._common import apply_activation
+from effkernels.testing import assert_close_to
+from effkernels.triton.operands import Forward, Gradient
 from tests.ops._cases import (
     Arguments,
     Case,
     assert_memory_kept,
     assert_parity,
     gradient_function,
+    same_bits,
 )
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -104,9 +112,252 @@ def test_activations(device, activation):
     )
 
 
+def outputs_and_gradients(
+    input: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, **options: Any
+) -> tuple[Tensor, ...]:
+    tensors = {"input": input, "weight": weight, "scale": scale, "bias": bias}
+    differentiate = gradient_function(ops.depthwise_conv)
+    return (*run(tensors, options), *differentiate(tensors, options))
+
+
 @pytest.mark.parametrize("name", list(CASES)[:6])
 def test_memory_around_tensors(monkeypatch, device, dtype, name):
     (tensors, chosen), _ = arguments(CASES[name], dtype, device)
-    options = {"scale": tensors["scale"], **chosen}
-    call = (tensors["input"], tensors["weight"], tensors["bias"])
-    assert_memory_kept(monkeypatch, ops.depthwise_conv, (call, options))
+    call = tuple(tensors[name] for name in ("input", "weight", "scale", "bias"))
+    assert_memory_kept(monkeypatch, outputs_and_gradients, (call, chosen))
+
+
+def test_layouts(device):
+    """Vectors with gaps between their elements, an input that is not channels_last."""
+    case = Case(kernel=(5, 3), stride=(1, 2), channels=24)
+    draw = case.draw(0, torch.float32)
+    tensors = {
+        "input": draw.activations(2, 24, (7, 6), "sliced").to(device),
+        "weight": draw.weight(24, 1, 3, 6)[..., ::2].to(device),
+        "scale": draw.normal(24, 2)[:, 0].to(device),
+        "bias": draw.normal(1).expand(24).to(device),
+    }
+    chosen = {"stride": 2, "padding": "same", "return_mean": True}
+    assert_parity("native", run, lambda _: ((tensors, chosen), {}))
+
+
+@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,), (0, 3), (1, 2)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_only_needed_gradients(device, needed, stride):
+    case = Case(
+        batch=2, channels=24, size=(5, 9), kernel=3, stride=stride, padding="same", dilation=1
+    )
+
+    def differentiate(tensors: dict[str, Tensor], chosen: dict[str, Any]) -> tuple[Tensor, ...]:
+        values = [tensors[name] for name in ("input", "weight", "scale", "bias")]
+        for index in needed:
+            values[index] = values[index].detach().requires_grad_()
+        output = ops.depthwise_conv(*values[:2], values[3], scale=values[2], **chosen)[0]
+        return torch.autograd.grad(output.square().sum(), [values[index] for index in needed])
+
+    assert_parity(
+        "native",
+        differentiate,
+        lambda repetition: arguments(case, torch.float32, device, repetition),
+    )
+
+
+# Tiles that the heuristic would not choose at these sizes: several blocks across and down an image,
+# images side by side, pairs that are no whole warp.
+
+TILES = [
+    DepthwiseTile(pairs=8, strips=1, images=4, rows=2),
+    DepthwiseTile(pairs=24, strips=2, images=2, rows=3),
+    DepthwiseTile(pairs=16, strips=3, images=1, rows=1),
+]
+
+
+@pytest.fixture
+def configure(monkeypatch):
+    """A function that fixes the tile, and the processors that share the sums for the taps."""
+
+    def override(tile: DepthwiseTile, processors: int = 132) -> None:
+        monkeypatch.setattr(depthwise_conv, "choose", lambda *_: tile)
+        monkeypatch.setattr(gradients, "processors", lambda _: processors)
+
+    return override
+
+
+@pytest.mark.parametrize("processors", [132, 1])
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize(("k", "stride"), [(3, 1), (3, 2), (5, 1), (5, 2)])
+def test_tiles(device, configure, tile, k, stride, processors):
+    case = Case(
+        batch=3, channels=40, size=(7, 16), kernel=k, stride=stride, padding="same", dilation=1
+    )
+    configure(tile, processors)
+    (tensors, chosen), _ = arguments(case, torch.bfloat16, device)
+    call = [tensors[name] for name in ("input", "weight", "scale", "bias")]
+    assert_parity("native", outputs_and_gradients, lambda _: (tuple(call), chosen))
+    assert same_bits(outputs_and_gradients(*call, **chosen), outputs_and_gradients(*call, **chosen))
+
+
+# What other ops use: prologues, statistics, sums
+
+FUSED = [
+    Case(batch=2, channels=24, size=(5, 9), kernel=3, stride=1, padding=(1, 1, 1, 1)),
+    Case(batch=3, channels=17, size=(6, 5), kernel=5, stride=2, padding=(2, 2, 2, 2)),
+    Case(batch=1, channels=8, size=(6, 16), kernel=5, stride=1, padding=(2, 2, 2, 2)),
+    Case(batch=1, channels=8, size=(2, 3), kernel=3, stride=3, padding=(1, 2, 3, 1)),
+]
+
+
+def channelwise(vector: Tensor, like: Tensor) -> Tensor:
+    return vector.to(like.dtype).view(1, -1, 1, 1)
+
+
+@pytest.mark.parametrize("tile", [None, TILES[0]], ids=str)
+@pytest.mark.parametrize("case", FUSED, ids=str)
+def test_prologue_and_statistics(device, dtype, configure, case, tile):
+    draw = case.draw(0, dtype)
+    input = draw.activations(case.batch, case.channels, case.size)
+    weight = draw.weight(case.channels, 1, case.kernel, case.kernel)
+    vectors = draw.affine(case.channels, "scale32+bias32")
+    gate = draw.gate(case.batch, case.channels)
+    bias = draw.affine(case.channels, "bias")["bias"] + 5  # statistics far from zero
+    stride, dilation = (case.stride, case.stride), (1, 1)
+
+    def plain(x: Tensor, w: Tensor, s: Tensor, t: Tensor, g: Tensor, b: Tensor) -> Any:
+        x = apply_activation(x * channelwise(s, x) + channelwise(t, x), "silu") * g[..., None, None]
+        z = F.conv2d(F.pad(x, case.padding), w, b, stride, 0, dilation, case.channels)
+        return z, z.mean((2, 3)), z.mean((0, 2, 3)), z.var((0, 2, 3), correction=0)
+
+    tensors = (input, weight, vectors["scale"], vectors["bias"], gate, bias)
+    due = plain(*(tensor.double() for tensor in tensors))
+    stock = plain(*tensors)
+    if tile is not None:
+        configure(tile)
+    x, w, s, t, g, b = (tensor.to(device) for tensor in tensors)
+    result = depthwise_conv.convolve(
+        x,
+        depthwise_conv.pack_taps(w),
+        w.shape[2:],
+        stride,
+        case.padding,
+        dilation,
+        Forward(s, t, "silu", g),
+        bias=b,
+        mean=True,
+        partial_means=True,
+        moments=True,
+    )
+    assert result.mean is not None and result.moments is not None
+    assert result.partial_means is not None
+    assert_close_to(due[0], result.output.cpu(), stock[0], "output")
+    # In float32 whatever the dtype: as good as PyTorch's of its own result.
+    assert_close_to(due[1], result.mean.cpu(), stock[1].float(), "mean")
+    assert_close_to(due[2], result.moments[0].cpu(), stock[2].float(), "moments[0]")
+    assert_close_to(due[3], result.moments[1].cpu(), stock[3].float(), "moments[1]")
+    sums = result.partial_means.sum(1) / result.output[0, 0].numel()
+    torch.testing.assert_close(sums, result.mean)
+
+
+def test_many_moments(device, configure):
+    """More partial results than one block merges at a time."""
+    draw = Case(name="moments").draw(0, torch.float32)
+    input = draw.activations(9, 8, (62, 8)) + 3
+    configure(DepthwiseTile(pairs=8, strips=1, images=1, rows=1))
+    result = depthwise_conv.convolve(
+        input.to(device),
+        torch.ones(9, 8, device=device),
+        (3, 3),
+        (1, 1),
+        (0, 0, 0, 0),
+        (1, 1),
+        moments=True,
+    )
+    assert result.moments is not None
+    due = F.avg_pool2d(input.double(), 3, 1) * 9
+    torch.testing.assert_close(result.moments[0].cpu(), due.mean((0, 2, 3)).float())
+    variance = due.var((0, 2, 3), correction=0).float()
+    torch.testing.assert_close(result.moments[1].cpu(), variance)
+
+
+@pytest.mark.parametrize("tile", [None, TILES[0]], ids=str)
+@pytest.mark.parametrize("case", FUSED, ids=str)
+def test_gradient_prologue(device, dtype, configure, case, tile):
+    """Both gradients of a convolution between two BatchNorms, activations and a gate."""
+    draw = case.draw(1, dtype)
+    input = draw.activations(case.batch, case.channels, case.size)
+    weight = draw.weight(case.channels, 1, case.kernel, case.kernel)
+    stride, dilation = (case.stride, case.stride), (1, 1)
+    z = F.conv2d(F.pad(input, case.padding), weight, None, stride, 0, dilation, case.channels)
+    z = draw.activations(z.shape[0], z.shape[1], z.shape[2:])
+    upstream = draw.activations(z.shape[0], z.shape[1], z.shape[2:])
+    gate = draw.gate(case.batch, case.channels)
+    vectors = [draw.normal(case.channels, std=0.3, mean=1.0).float() for _ in range(8)]
+    offset = draw.normal(case.batch, case.channels).float()
+
+    def plain(
+        x: Tensor,
+        w: Tensor,
+        z: Tensor,
+        up: Tensor,
+        gate: Tensor,
+        offset: Tensor,
+        s: Tensor,
+        t: Tensor,
+        factor: Tensor,
+        slope: Tensor,
+        constant: Tensor,
+        scale: Tensor,
+        xs: Tensor,
+        xt: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        before = (z * channelwise(s, z) + channelwise(t, z)).requires_grad_()
+        after = apply_activation(before, "silu")
+        arriving = up * gate[..., None, None] + offset.to(up.dtype)[..., None, None]
+        (t2,) = torch.autograd.grad(after, before, arriving)
+        t2 = t2 * channelwise(factor, z) + z * channelwise(slope, z) + channelwise(constant, z)
+        seen = apply_activation(x * channelwise(xs, x) + channelwise(xt, x), "silu").detach()
+        seen, w = seen.requires_grad_(), w.detach().clone().requires_grad_()
+        output = F.conv2d(F.pad(seen, case.padding), w, None, stride, 0, dilation, case.channels)
+        (for_weight,) = torch.autograd.grad(output, w, t2)
+        w = w.detach() * channelwise(scale, w).view(-1, 1, 1, 1)
+        output = F.conv2d(F.pad(seen, case.padding), w, None, stride, 0, dilation, case.channels)
+        (for_input,) = torch.autograd.grad(output, seen, t2)
+        return for_input, for_weight.flatten(1).t(), t2.sum((0, 2, 3))
+
+    tensors = (input, weight, z, upstream, gate, offset, *vectors)
+    due = plain(*(tensor.double() for tensor in tensors))
+    stock = plain(*tensors)
+    if tile is not None:
+        configure(tile)
+    x, w, z, up, g, o, s, t, factor, slope, constant, scale, xs, xt = (
+        tensor.to(device) for tensor in tensors
+    )
+    gradient = Gradient(z, s, t, "silu", g, o, factor, slope, constant)
+    forward = Forward(xs, xt, "silu")
+    geometry: Any = (w.shape[2:], stride, case.padding, dilation)
+    taps = depthwise_conv.pack_taps(w)
+    alone = (
+        gradients.input_gradient(up, taps, *geometry, x.shape[2:], gradient, scale),
+        *gradients.weight_gradient(up, gradient, x, forward, *geometry, bias=True),
+    )
+    both = gradients.both_gradients(up, gradient, x, forward, taps, *geometry, scale)
+    for results in (alone, both):
+        assert_close_to(due[0], results[0].cpu(), stock[0], "input")
+        assert_close_to(due[1], results[1].cpu(), stock[1].float(), "taps")
+        assert_close_to(due[2], results[2].cpu(), stock[2].float(), "bias")
+
+
+# The host refuses what cannot run
+
+
+def test_what_cannot_run_is_refused(device, configure):
+    input = torch.zeros(1, 8, 4, 4, device=device).to(memory_format=torch.channels_last)
+    taps = torch.zeros(9, 8, device=device)
+    geometry: Any = ((3, 3), (1, 1), (1, 1, 1, 1), (1, 1))
+    for tile, reason in (
+        (DepthwiseTile(7, 1, 1, 4), "whole vectors"),
+        (DepthwiseTile(64, 3, 1, 4), "too large"),
+        (DepthwiseTile(0, 1, 1, 4), "tile"),
+    ):
+        configure(tile)
+        with pytest.raises((RuntimeError, ValueError), match=reason):
+            depthwise_conv.convolve(input, taps, *geometry)
