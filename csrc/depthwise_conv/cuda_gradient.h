@@ -113,7 +113,6 @@ __global__ void __launch_bounds__(kDepthwiseThreads, gradient_blocks(sizeof(T), 
     const int first_up = first_b - (kReach - 1);     // column of the upstream gradient
     const int first_x = first_b * kStride - a.left;  // and of the input
     int up_start, in_start;
-    bool there;  // the thread has a place in the tile
     {
       __syncthreads();  // the item before is done with
       const Place place(first_channel, first_image, tile, kVector<T>, a.batch, a.channels);
@@ -130,7 +129,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, gradient_blocks(sizeof(T), 
       }
       store_words(kept + kUp * kept_pitch, up.words(place.left));
       store_words(kept + kIn * kept_pitch, in.words(place.image));
-      there = place.slot < tile.images;
+      const bool there = place.slot < tile.images;
       const int vector_start = there ? place.slot * step + 2 * place.pair : 0;
       up_start =
           there ? (place.slot * up_columns + place.strip * kColumns) * step + 2 * place.pair : 0;
@@ -267,6 +266,8 @@ __global__ void __launch_bounds__(kDepthwiseThreads, gradient_blocks(sizeof(T), 
           const T* in_at =
               in_ring + in_start +
               ((group + kInputRing * kReach) % kInputRing * kStride + phase) * in_values;
+          // (Asked for again: a register less.)
+          const bool there = static_cast<int>(threadIdx.x) < tile.pairs * tile.strips * tile.images;
           T* to = results + in_start + ((group & 1) * kStride + phase) * in_values;
           const T* rows[kReach];
 #pragma unroll

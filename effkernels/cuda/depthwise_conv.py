@@ -116,7 +116,7 @@ def stencil(
     output = empty_nhwc(input, channels, height, width)
     tuned = is_tuned(kernel, stride, dilation, between)
     across = columns(kernel)
-    tile = tile_of(input, height, width, across)
+    tile = tile_of(input, height, width, kernel, stride)
     row_blocks = -(-height // tile.rows)
     column_blocks = -(-width // (tile.strips * across)) if tuned else 1
     blocks = row_blocks * column_blocks
@@ -156,14 +156,17 @@ def stencil(
     )
 
 
-def tile_of(input: Tensor, height: int, width: int, across: int) -> DepthwiseTile:
-    """The tile for outputs [N, C, height, width] of a kernel that has ``across`` a thread."""
+def tile_of(
+    input: Tensor, height: int, width: int, kernel: Sequence[int], stride: Sequence[int]
+) -> DepthwiseTile:
+    """The tile for outputs [N, C, height, width] of a convolution."""
     return choose(
         max(1, input.shape[0]),
-        input.shape[1],
+        max(1, input.shape[1]),
         height,
         width,
-        across,
+        kernel[0] if kernel[0] in (3, 5, 7) else 3,
+        min(stride),
         input.element_size(),
         processors(input),
     )

@@ -11,7 +11,9 @@ from torch import Tensor
 
 _THREADS = 128  # of a block, at most; csrc/depthwise_conv/cuda.h kDepthwiseThreads
 _PAIRS = (8, 16, 24, 32, 48, 64)
-_SMALLEST_GROUP = 64  # threads of a block, at least
+_FEWEST_THREADS = 64  # of a block
+_WARPS = {3: 16, 5: 12, 7: 8}  # that registers allow on a processor, by the kernel's size
+_FETCHING = 3  # steps of a block before its first
 
 
 @dataclass(frozen=True)
@@ -87,17 +89,26 @@ def gradient_is_tuned(
 
 @functools.lru_cache(maxsize=4096)
 def choose(
-    batch: int, channels: int, height: int, width: int, across: int, itemsize: int, processors: int
+    batch: int,
+    channels: int,
+    height: int,
+    width: int,
+    kernel: int,
+    stride: int,
+    itemsize: int,
+    processors: int,
 ) -> DepthwiseTile:
-    """The tile for outputs of this size; ``across`` columns are a thread's.
+    """The tile for outputs of this size. Nothing has been measured.
 
-    Nothing has been measured. The share of threads that have something to do decides: channels
-    that fill their pairs, strips that fill the width, threads that fill their warps. Among equals
-    the one with more pairs, whose rows are read in longer pieces, then the one with more strips,
-    which share the columns between them. Rows: all of an image's, unless a processor would get
-    less than eight blocks.
+    Channels, strips and images: the share of threads that have something to do decides, for a
+    column that sticks out of the image, an idle thread and a channel too many cost as much as
+    others. Among equals more pairs, whose pixels are read in longer pieces (up to 128 bytes of two
+    a value), then more strips, which share the columns between them.
+
+    Rows: the fewest steps, counted over the times that the device has to be filled with blocks. A
+    block's first steps fetch, and finish no row.
     """
-    vector = 8 // itemsize  # pairs of 16 bytes
+    across, vector = columns((kernel, kernel)), 8 // itemsize  # pairs in 16 bytes
     best: tuple[tuple[float, int, int], DepthwiseTile] | None = None
     most = -(-width // across)
     for pairs in _PAIRS:
@@ -106,22 +117,28 @@ def choose(
         for strips in range(1, min(most, _THREADS // pairs) + 1):
             for images in range(1, max(1, min(batch, _THREADS // (pairs * strips))) + 1):
                 used = pairs * strips * images
-                if used < _SMALLEST_GROUP and images < batch and 2 * used <= _THREADS:
+                if used < _FEWEST_THREADS and images < batch and 2 * used <= _THREADS:
                     continue  # a block of one warp waits for its own loads
                 threads = -(-used // 32) * 32
-                across_blocks = -(-most // strips)
-                blocks = -(-channels // (2 * pairs)) * across_blocks * -(-batch // images)
+                blocks = -(-channels // (2 * pairs)) * -(-most // strips) * -(-batch // images)
                 share = batch * channels * width / (blocks * threads * 2 * across)
                 key = (round(share, 3), min(pairs, 32), strips)
                 if best is None or key > best[0]:
                     best = key, DepthwiseTile(pairs, strips, images, max(1, height))
     assert best is not None
     tile = best[1]
+    used = tile.pairs * tile.strips * tile.images
+    across_device = processors * max(1, _WARPS[kernel] // -(-used // 32))  # blocks at a time
     blocks = -(-channels // (2 * tile.pairs)) * -(-most // tile.strips) * -(-batch // tile.images)
-    enough = 8 * processors
-    parts = max(1, min(-(-height // 4), -(-enough // max(blocks, 1))))
-    if blocks >= enough and height > 56:  # and then no image takes a processor much longer
-        parts = -(-height // 56)
+    extra = -(-kernel // stride) - 1 + _FETCHING
+
+    def steps(parts: int) -> float:
+        rows = -(-height // parts)
+        fillings = blocks * -(-height // rows) / across_device
+        # The last filling takes as long as a whole one, but many are out of step by then.
+        return (fillings + 0.5 if fillings > 2 else -(-fillings // 1)) * (rows + extra)
+
+    parts = min(range(1, max(1, height) + 1), key=steps)
     return DepthwiseTile(tile.pairs, tile.strips, tile.images, max(1, -(-height // parts)))
 
 

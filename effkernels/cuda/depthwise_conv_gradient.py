@@ -164,7 +164,7 @@ def _run(
     across = columns(kernel)
     height = groups(top, input.shape[2], stride[0])
     width = groups(left, input.shape[3], stride[1])
-    tile = tile_of(input, height, width, across)
+    tile = tile_of(input, height, width, kernel, stride)
     totals = partials = None
     programs = 1
     if sums:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
+import re
 import shlex
 import subprocess
 import traceback
@@ -61,7 +62,6 @@ def library(mistake: Mistake | None = None) -> Path:
         assert text.count(old) == 1, f"{name}: {old!r} stands there {text.count(old)} times"
         overlay[path] = text.replace(old, new)
     headers = sorted([*native.ROOT.glob("csrc/*/*.h"), *HERE.glob("*.h")])
-    changed = native.digest(*(overlay.get(path) or path.read_text() for path in headers))
     BUILD.mkdir(parents=True, exist_ok=True)
 
     def compiled(source: Path) -> Path:
@@ -70,8 +70,8 @@ def library(mistake: Mistake | None = None) -> Path:
             flags += [*native.BINDINGS_FLAGS, f"-isystem{found.root / 'include'}"]
         else:
             flags += [native.KERNEL_STANDARD, *_WARNINGS]
-        text = overlay.get(source) or source.read_text()
-        key = native.digest(compiler.description, shlex.join(flags), found.version, changed, text)
+        texts = [overlay.get(path) or path.read_text() for path in (source, *included(source))]
+        key = native.digest(compiler.description, shlex.join(flags), found.version, *texts)
         target = BUILD / f"{source.parent.name}-{source.stem}-{key[:20]}.o"
         if not target.exists():
             tree = BUILD / key
@@ -110,6 +110,19 @@ def program(source: Path, target: Path, sanitized: bool) -> None:
         command = [*compiler.command, *_FLAGS, native.KERNEL_STANDARD, *_WARNINGS, *flags]
         _make([*command, f"-I{native.ROOT / 'csrc'}", "-x", "c++", "-c", str(path)], objects[-1])
     _make([*compiler.command, *(_SANITIZE if sanitized else ()), *map(str, objects)], target)
+
+
+def included(source: Path) -> list[Path]:
+    """The headers of ours that a file includes, and those that they do."""
+    found: list[Path] = []
+    files = [source]
+    while files:
+        for name in re.findall(r'#include "(.+)"', files.pop().read_text()):
+            path = native.ROOT / "csrc" / name
+            if path.exists() and path not in found:
+                found.append(path)
+                files.append(path)
+    return sorted(found)
 
 
 def _make(command: list[str], target: Path) -> None:

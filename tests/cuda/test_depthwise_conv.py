@@ -9,14 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import effkernels as ek
 from effkernels import ops
 from effkernels.cuda import depthwise_conv
 from effkernels.cuda import depthwise_conv_gradient as gradients
 from effkernels.cuda.depthwise_conv_config import DepthwiseTile
 from effkernels.ops import ACTIVATIONS
 from effkernels.ops._common import apply_activation
-from effkernels.testing import assert_close_to
+from effkernels.testing import assert_close_to, assert_matches
 from effkernels.triton.operands import Forward, Gradient
+from tests.cuda.emulated import with_mistake
 from tests.ops._cases import (
     Arguments,
     Case,
@@ -183,17 +185,26 @@ def configure(monkeypatch):
     return override
 
 
-@pytest.mark.parametrize("processors", [132, 1])
-@pytest.mark.parametrize("tile", TILES, ids=str)
-@pytest.mark.parametrize(("k", "stride"), [(3, 1), (3, 2), (5, 1), (5, 2)])
+@pytest.mark.parametrize(
+    ("tile", "k", "stride", "processors"),
+    [
+        (TILES[0], 3, 1, 1),
+        (TILES[0], 5, 2, 132),
+        (TILES[1], 3, 2, 1),
+        (TILES[1], 5, 1, 132),
+        (TILES[2], 5, 1, 1),
+        (TILES[2], 5, 2, 1),
+    ],
+    ids=str,
+)
 def test_tiles(device, configure, tile, k, stride, processors):
     case = Case(
-        batch=3, channels=40, size=(7, 16), kernel=k, stride=stride, padding="same", dilation=1
+        batch=3, channels=24, size=(5, 16), kernel=k, stride=stride, padding="same", dilation=1
     )
     configure(tile, processors)
     (tensors, chosen), _ = arguments(case, torch.bfloat16, device)
     call = [tensors[name] for name in ("input", "weight", "scale", "bias")]
-    assert_parity("native", outputs_and_gradients, lambda _: (tuple(call), chosen))
+    assert_matches(outputs_and_gradients, *call, **chosen)
     assert same_bits(outputs_and_gradients(*call, **chosen), outputs_and_gradients(*call, **chosen))
 
 
@@ -361,3 +372,75 @@ def test_what_cannot_run_is_refused(device, configure):
         configure(tile)
         with pytest.raises((RuntimeError, ValueError), match=reason):
             depthwise_conv.convolve(input, taps, *geometry)
+
+
+# The nets catch kernels that are broken on purpose
+
+
+def _check() -> None:
+    """Small calls that reach every part of the tuned kernels."""
+    torch.manual_seed(0)
+    for k, stride, channels, tile in ((3, 1, 12, (4, 1, 2, 2)), (5, 2, 8, (4, 1, 1, 3))):
+        depthwise_conv.choose = lambda *_, tile=tile: DepthwiseTile(*tile)  # type: ignore
+        gradients.processors = lambda _: 1  # type: ignore
+        case = Case(
+            batch=2,
+            channels=channels,
+            size=(4, 9),
+            kernel=k,
+            stride=stride,
+            padding="symmetric",
+            dilation=1,
+        )
+        (tensors, chosen), _ = arguments(case, torch.float32, "cpu")
+        call = tuple(tensors[name] for name in ("input", "weight", "scale", "bias"))
+        with ek.use_backend("native"):
+            assert_matches(outputs_and_gradients, *call, **chosen)
+            with pytest.MonkeyPatch.context() as patch:
+                assert_memory_kept(patch, outputs_and_gradients, (call, chosen))
+            draw = case.draw(1, torch.float32)
+            z = draw.activations(2, channels, (4, 9)) + 3
+            vector = draw.normal(channels)
+            taps = depthwise_conv.pack_taps(tensors["weight"])
+            got = depthwise_conv.convolve(
+                z,
+                taps,
+                (k, k),
+                (stride, stride),
+                (k // 2,) * 4,
+                (1, 1),
+                Forward(vector, vector, "silu"),
+                moments=True,
+            )
+        seen = F.silu(z * channelwise(vector, z) + channelwise(vector, z))
+        due = F.conv2d(seen, tensors["weight"], None, stride, k // 2, 1, channels)
+        torch.testing.assert_close(got.output, due, rtol=1e-4, atol=1e-4)
+        assert got.moments is not None
+        variance = due.var((0, 2, 3), correction=0)
+        torch.testing.assert_close(got.moments[1], variance, rtol=1e-4, atol=1e-4)
+
+
+MISTAKES = {
+    "a tap": ("forward", "taps[i * kKernel + j]", "taps[i * kKernel + kKernel - 1 - j]"),
+    "a row too early": ("forward", "wait_copies<kRing - 2>()", "wait_copies<kRing - 1>()"),
+    "no barrier": ("forward", "    __syncthreads();\n    fetch(", "    fetch("),
+    "a channel too many": (
+        "window",
+        "c < kVector<T> && c < left; c++) {\n        to[j",
+        "c < kVector<T> && c <= left; c++) {\n        to[j",
+    ),
+    "no left edge": (
+        "window",
+        "static_cast<unsigned>(x + at) < static_cast<unsigned>(width)",
+        "x + at < width",
+    ),
+    "moments": ("window", "distance * distance * count * share", "distance * distance * share"),
+    "an upstream row": ("gradient", "slot - e < 0 ? slot - e + kRing", "slot - e < 1 ? kRing - 1"),
+    "a bias twice": ("gradient", "row_block == 0 ? 0 : begin", "row_block == 0 ? 0 : begin - 1"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_found(mistake):
+    name, old, new = MISTAKES[mistake]
+    assert with_mistake((f"depthwise_conv/cuda_{name}.h", old, new), _check)
