@@ -44,7 +44,7 @@ int64_t gradient_shared(const DepthwiseTile& tile, const DepthwiseOperand& gradi
   const int64_t values = rows * upstream + (kInputRing + 2) * kStride * input;
   const int64_t pairs = tile.images * tile.pairs * (values * 2 * sizeof(T) + 2 * kVectors * 8);
   const int64_t threads = round_up(tile.images * tile.pairs * tile.strips, kWarp);
-  return max_of(pairs + 4 * 16 * threads, (kKernel * kKernel + 1) * 8 * threads);
+  return max_of(pairs + 5 * 16 * threads, (kKernel * kKernel + 1) * 8 * threads);
 }
 
 constexpr int gradient_blocks(int size, int kernel, int stride) {  // that registers are to allow
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, gradient_blocks(sizeof(T), 
   unsigned char* const kept =
       reinterpret_cast<unsigned char*>(vectors + 2 * kVectors * pitch) + threadIdx.x * 16;
   const int kept_pitch = static_cast<int>(blockDim.x) * 16;
-  enum Kept { kUp, kIn, kApply, kBiasSum };
+  enum Kept { kUp, kIn, kApply, kBias, kOwn, kKept };
   const auto recall = [&](Kept what) { return load_words(kept + what * kept_pitch); };
 
   float2 taps[kTaps], sums[kTaps];
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, gradient_blocks(sizeof(T), 
     for (int i = 0; i < kTaps; i++) sums[i] = {0.0f, 0.0f};
     Words zero;
     zero.words = {0, 0, 0, 0};
-    store_words(kept + kBiasSum * kept_pitch, zero);
+    store_words(kept + kOwn * kept_pitch, zero);
   }
   const bool has_gradient = a.gradient.kind != DepthwiseOperand::plain;
   const bool has_forward = a.forward.kind != DepthwiseOperand::plain && a.partials != nullptr;
@@ -107,12 +107,8 @@ __global__ void __launch_bounds__(kDepthwiseThreads, gradient_blocks(sizeof(T), 
     const int first_b = b_first + column_block * tile.strips * kColumns;
     const int begin = a_first + row_block * tile.rows;
     const int end = smaller(begin + tile.rows, a_end);
-    // Rows of the upstream gradient that count for the bias: every one in one block.
-    const int own_begin = row_block == 0 ? 0 : begin;
-    const int own_end = row_block == a.row_blocks - 1 ? a.up_height : end;
     const int first_up = first_b - (kReach - 1);     // column of the upstream gradient
     const int first_x = first_b * kStride - a.left;  // and of the input
-    int up_start, in_start;
     {
       __syncthreads();  // the item before is done with
       const Place place(first_channel, first_image, tile, kVector<T>, a.batch, a.channels);
@@ -131,16 +127,34 @@ __global__ void __launch_bounds__(kDepthwiseThreads, gradient_blocks(sizeof(T), 
       store_words(kept + kIn * kept_pitch, in.words(place.image));
       const bool there = place.slot < tile.images;
       const int vector_start = there ? place.slot * step + 2 * place.pair : 0;
-      up_start =
-          there ? (place.slot * up_columns + place.strip * kColumns) * step + 2 * place.pair : 0;
-      in_start = there ? (place.slot * in_columns + place.strip * kColumns * kStride) * step +
-                             2 * place.pair
-                       : 0;
-      Words apply;
-      apply.words = {static_cast<unsigned>(place.slot * step + 2 * place.pair),
-                     static_cast<unsigned>(place.active ? place.strip : 1 << 20),
-                     static_cast<unsigned>(place.slot), static_cast<unsigned>(vector_start)};
-      store_words(kept + kApply * kept_pitch, apply);
+      const int up_slot = place.slot * up_columns * step + 2 * place.pair;
+      const int in_slot = place.slot * in_columns * step + 2 * place.pair;
+      // The columns that the thread applies the operands to, and those it adds up for the bias, are
+      // every strips-th from one on. For the bias a block has the columns from its first group on,
+      // and what no other block has; the same of rows.
+      const auto count = [&](int from, int to) {
+        return static_cast<unsigned>(
+            place.active && to > from ? (to - from + tile.strips - 1) / tile.strips : 0);
+      };
+      const int up_from = larger(0, -first_up) + place.strip;
+      const int up_to = smaller(up_columns, a.up_width - first_up);
+      const int bias_from = column_block == 0 ? up_from : kReach - 1 + place.strip;
+      const int in_from = larger(0, -first_x) + place.strip;
+      Words words;
+      words.words = {static_cast<unsigned>(up_slot + up_from * step), count(up_from, up_to),
+                     static_cast<unsigned>(in_slot + in_from * step),
+                     count(in_from, smaller(in_columns, a.width - first_x))};
+      store_words(kept + kApply * kept_pitch, words);
+      words.words = {static_cast<unsigned>(up_slot + bias_from * step), count(bias_from, up_to),
+                     static_cast<unsigned>(vector_start),
+                     static_cast<unsigned>(row_block == 0 ? 0 : begin)};
+      store_words(kept + kBias * kept_pitch, words);
+      // Where the thread's columns begin. (All threads multiply; what those find that have no place
+      // in the tile is nothing to anyone.)
+      words = recall(kOwn);
+      words.word[2] = there ? up_slot + place.strip * kColumns * step : 0;
+      words.word[3] = there ? in_slot + place.strip * kColumns * kStride * step : 0;
+      store_words(kept + kOwn * kept_pitch, words);
       if (there && place.strip == 0) {
 #pragma unroll 1
         for (int i = 0; i < (place.active ? kOperandVectors : 0); i++) {
@@ -153,6 +167,9 @@ __global__ void __launch_bounds__(kDepthwiseThreads, gradient_blocks(sizeof(T), 
     }
 
     const int64_t up_row = int64_t{a.up_width} * a.channels, in_row = int64_t{a.width} * a.channels;
+    const auto in_slot_of = [](int group) {
+      return static_cast<int>(static_cast<unsigned>(group + kInputRing * kReach) % kInputRing);
+    };
     const auto fetch = [&](int group, int slot) {
       if (group < end) {
         const Words words = recall(kUp), in_words = recall(kIn);
@@ -173,8 +190,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, gradient_blocks(sizeof(T), 
           const bool inside =
               group >= begin && static_cast<unsigned>(y) < static_cast<unsigned>(a.height);
           const int64_t at = (image * a.height + (inside ? y : 0)) * in_row;
-          T* to =
-              in_ring + ((group + kInputRing * kReach) % kInputRing * kStride + phase) * in_values;
+          T* to = in_ring + (in_slot_of(group) * kStride + phase) * in_values;
           In(in_words).fetch(to, static_cast<const T*>(a.input) + at, inside, tile, a.channels,
                              left, a.vectors);
         }
@@ -183,39 +199,28 @@ __global__ void __launch_bounds__(kDepthwiseThreads, gradient_blocks(sizeof(T), 
     };
     // What the convolution sees of a group's rows, in their place; and the sums for the bias.
     const auto apply = [&](int group, int slot) {
-      const Words words = recall(kApply);
-      const int strip = static_cast<int>(words.word[1]);
-      const float* pair_vectors = vectors + words.word[3];
-      const auto count_of = [&](int from, int to) {
-        return to > from ? (to - from + tile.strips - 1) / tile.strips : 0;
-      };
+      const Words words = recall(kApply), for_bias = recall(kBias);
+      const float* pair_vectors = vectors + for_bias.word[2];
       const int each = tile.strips * step;
       if (static_cast<unsigned>(group) < static_cast<unsigned>(a.up_height)) {
-        const int start = static_cast<int>(words.word[2]) * up_columns * step +
-                          static_cast<int>(words.word[0]) - static_cast<int>(words.word[2]) * step;
+        T* row = ring + slot * up_values;
         if (has_gradient) {
-          const int from = larger(0, -first_up) + strip;
-          const int at = start + from * step;
-          apply_operand(a.gradient, ring + slot * up_values + at,
-                        z_ring + (group & 1) * up_values + at,
-                        count_of(from, smaller(up_columns, a.up_width - first_up)), each,
-                        pair_vectors, pitch);
+          apply_operand(a.gradient, row + words.word[0],
+                        z_ring + (group & 1) * up_values + words.word[0],
+                        static_cast<int>(words.word[1]), each, pair_vectors, pitch);
         }
-        if (a.partials && group >= own_begin && group < own_end) {
-          // This block's columns: from its first group's on, and what no other block has.
-          const int from = column_block == 0 ? larger(0, -first_up) : kReach - 1;
-          int to = smaller(up_columns, a.up_width - first_up);
-          T* row = ring + slot * up_values + start + (from + strip) * step;
+        if (a.partials && group >= static_cast<int>(for_bias.word[3])) {
+          Words own = recall(kOwn);
+          row += for_bias.word[0];
           float2 total = {0.0f, 0.0f};
 #pragma unroll 1
-          for (int x = from + strip; x < to; x += tile.strips, row += each) {
+          for (unsigned i = 0; i < for_bias.word[1]; i++, row += each) {
             const float2 value = load2(row);
             total = {total.x + value.x, total.y + value.y};
           }
-          Words bias = recall(kBiasSum);
-          bias.value[0] += total.x;
-          bias.value[1] += total.y;
-          store_words(kept + kBiasSum * kept_pitch, bias);
+          own.value[0] += total.x;
+          own.value[1] += total.y;
+          store_words(kept + kOwn * kept_pitch, own);
         }
       }
       if (!has_forward || group < begin) return;
@@ -223,13 +228,9 @@ __global__ void __launch_bounds__(kDepthwiseThreads, gradient_blocks(sizeof(T), 
       for (int phase = 0; phase < kStride; phase++) {
         const int y = group * kStride + phase - a.top;
         if (static_cast<unsigned>(y) >= static_cast<unsigned>(a.height)) continue;
-        const int from = larger(0, -first_x) + strip;
-        T* row = in_ring +
-                 ((group + kInputRing * kReach) % kInputRing * kStride + phase) * in_values +
-                 static_cast<int>(words.word[2]) * (in_columns - 1) * step +
-                 static_cast<int>(words.word[0]) + from * step;
-        apply_operand(a.forward, row, row, count_of(from, smaller(in_columns, a.width - first_x)),
-                      each, pair_vectors + kVectors * pitch, pitch);
+        T* row = in_ring + (in_slot_of(group) * kStride + phase) * in_values + words.word[2];
+        apply_operand(a.forward, row, row, static_cast<int>(words.word[3]), each,
+                      pair_vectors + kVectors * pitch, pitch);
       }
     };
     const auto store = [&](int group) {
@@ -260,14 +261,15 @@ __global__ void __launch_bounds__(kDepthwiseThreads, gradient_blocks(sizeof(T), 
       if (a.output != nullptr && group > begin) store(group - 1);
       if (group + 1 >= start && group + 1 < end) apply(group + 1, next);
       if (group >= begin) {
+        const bool there = static_cast<int>(threadIdx.x) < tile.pairs * tile.strips * tile.images;
+        const Words own = recall(kOwn);
+        const int up_start = static_cast<int>(own.word[2]),
+                  in_start = static_cast<int>(own.word[3]);
 #pragma unroll
         for (int phase = 0; phase < kStride; phase++) {
           const T* row = ring + up_start;
-          const T* in_at =
-              in_ring + in_start +
-              ((group + kInputRing * kReach) % kInputRing * kStride + phase) * in_values;
+          const T* in_at = in_ring + in_start + (in_slot_of(group) * kStride + phase) * in_values;
           // (Asked for again: a register less.)
-          const bool there = static_cast<int>(threadIdx.x) < tile.pairs * tile.strips * tile.images;
           T* to = results + in_start + ((group & 1) * kStride + phase) * in_values;
           const T* rows[kReach];
 #pragma unroll
@@ -321,7 +323,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, gradient_blocks(sizeof(T), 
 
   if (a.partials == nullptr) return;
   // The block's strips and images are added in their order.
-  const float2 bias = load2(recall(kBiasSum).value);
+  const float2 bias = load2(recall(kOwn).value);
   __syncthreads();
   const int threads = static_cast<int>(blockDim.x);
   const int thread = static_cast<int>(threadIdx.x), each = tile.strips * tile.images;

@@ -143,8 +143,9 @@ def test_layouts(device):
     assert_parity("native", run, lambda _: ((tensors, chosen), {}))
 
 
-@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,), (0, 3), (1, 2)])
-@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(
+    ("needed", "stride"), [((0,), 1), ((0,), 2), ((1,), 1), ((2,), 2), ((3,), 1), ((0, 3), 2)]
+)
 def test_only_needed_gradients(device, needed, stride):
     case = Case(
         batch=2, channels=24, size=(5, 9), kernel=3, stride=stride, padding="same", dilation=1
@@ -380,7 +381,7 @@ def test_what_cannot_run_is_refused(device, configure):
 def _check() -> None:
     """Small calls that reach every part of the tuned kernels."""
     torch.manual_seed(0)
-    for k, stride, channels, tile in ((3, 1, 12, (4, 1, 2, 2)), (5, 2, 8, (4, 1, 1, 3))):
+    for k, stride, channels, tile in ((3, 1, 10, (4, 1, 2, 2)), (5, 2, 8, (4, 1, 1, 3))):
         depthwise_conv.choose = lambda *_, tile=tile: DepthwiseTile(*tile)  # type: ignore
         gradients.processors = lambda _: 1  # type: ignore
         case = Case(
@@ -434,7 +435,6 @@ MISTAKES = {
         "static_cast<unsigned>(x + at) < static_cast<unsigned>(width)",
         "x + at < width",
     ),
-    "moments": ("window", "distance * distance * count * share", "distance * distance * share"),
     "an upstream row": ("gradient", "slot - e < 0 ? slot - e + kRing", "slot - e < 1 ? kRing - 1"),
     "a bias twice": ("gradient", "row_block == 0 ? 0 : begin", "row_block == 0 ? 0 : begin - 1"),
 }
