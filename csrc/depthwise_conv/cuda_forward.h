@@ -85,7 +85,7 @@ int64_t forward_shared(const DepthwiseTile& tile, const DepthwiseOperand& operan
   const int64_t rows = kRing * kStride * ((columns - 1) * kStride + kKernel);
   const int64_t values = (operand.z ? 2 : 1) * rows + 2 * columns;
   const int64_t pairs = tile.images * tile.pairs * (values * 2 * sizeof(T) + kVectors * 8);
-  return pairs + kKept * 16 * round_up(tile.images * tile.pairs * tile.strips, kWarp);
+  return pairs + kKept * kKeptPitch;
 }
 
 template <class T, int kKernel, int kStride>
@@ -105,23 +105,18 @@ __global__ void __launch_bounds__(kDepthwiseThreads, forward_blocks(sizeof(T), k
   const int first_y = block % a.row_blocks * tile.rows;
   const int end_y = smaller(first_y + tile.rows, a.out_height);
   const int first_image = block / a.row_blocks * tile.images;
-  const Place place(first_channel, first_image, tile, kVector<T>, a.batch, a.channels);
+  const Place place(first_channel, first_image, tile, a.batch, a.channels);
 
   const int columns = (tile.strips * kColumns - 1) * kStride + kKernel;
   const int x = first_x * kStride - a.left;  // the image's column that is the rows' first
   const int step = 2 * tile.pairs;           // values of a pixel
   const int row_values = tile.images * columns * step, group_values = kStride * row_values;
-  T* const ring = reinterpret_cast<T*>(dynamic_shared());
+  T* const ring = reinterpret_cast<T*>(dynamic_shared() + kKept * kKeptPitch);
   T* const z_ring = ring + (a.operand.z ? kRing * group_values : 0);
   T* const results = z_ring + kRing * group_values;
   const int result_values = tile.images * tile.strips * kColumns * step;
   float* const vectors = reinterpret_cast<float*>(results + 2 * result_values);
   const int pitch = tile.images * step;  // of vectors
-  unsigned char* const kept =
-      reinterpret_cast<unsigned char*>(vectors + kVectors * pitch) + threadIdx.x * 16;
-  const int kept_pitch = static_cast<int>(blockDim.x) * 16;
-  const auto recall = [&](Kept what) { return load_words(kept + what * kept_pitch); };
-
   // How many of the thread's columns are outputs.
   const int valid =
       place.active ? larger(0, smaller(a.out_width - first_x - place.strip * kColumns, kColumns))
@@ -139,25 +134,26 @@ __global__ void __launch_bounds__(kDepthwiseThreads, forward_blocks(sizeof(T), k
   const int apply_count =
       place.active && apply_left > 0 ? (apply_left + tile.strips - 1) / tile.strips : 0;
   {
-    const In in(place, tile, columns, x, a.width, a.batch, a.channels);
-    const Out out(place, tile, tile.strips * kColumns, first_x, a.out_width, a.batch, a.channels);
+    const In in(place, tile, columns, x, a.height, a.width, a.batch, a.channels, first_channel);
+    const Out out(place, tile, tile.strips * kColumns, first_x, a.out_height, a.out_width, a.batch,
+                  a.channels, first_channel);
 #pragma unroll 1
     for (int row = 0; row < (a.operand.z ? 2 : 1) * kRing * kStride; row++) {
       in.clear(ring + row * row_values, place, tile, columns, a.vectors);
     }
-    store_words(kept + kInput * kept_pitch, in.words(place.left));
-    store_words(kept + kOutput * kept_pitch, out.words(place.image));
+    store_words(kept(kInput), in.words());
+    store_words(kept(kOutput), out.words());
     Words others;
     others.words = {
         static_cast<unsigned>((place.slot * columns + apply_from) * step + 2 * place.pair),
         static_cast<unsigned>(apply_count), static_cast<unsigned>(vector_start),
         static_cast<unsigned>((place.slot * tile.strips + place.strip) * kColumns * step +
                               2 * place.pair)};
-    store_words(kept + kOthers * kept_pitch, others);
+    store_words(kept(kOthers), others);
     // The sum of the thread's outputs or, for moments, their mean; then also the squares of the
     // distances to it.
     others.words = {0, 0, 0, 0};
-    store_words(kept + kTotals * kept_pitch, others);
+    store_words(kept(kTotals), others);
   }
   const bool has_operand = a.operand.kind != DepthwiseOperand::plain;
   if (place.slot < tile.images && place.strip == 0) {
@@ -175,7 +171,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, forward_blocks(sizeof(T), k
   // nothing but padding; a group finishes the output row g - (kDepth - 1).
   const int begin = smaller(larger(first_y, a.top / kStride), first_y + kDepth - 1);
   const int end = end_y + kDepth - 1;
-  const int64_t in_row = int64_t{a.width} * a.channels, out_row = int64_t{a.out_width} * a.channels;
+  const int in_row = a.width * a.channels, out_row = a.out_width * a.channels;
   const auto is_inside = [&](int y) {
     return static_cast<unsigned>(y) < static_cast<unsigned>(a.height);
   };
@@ -184,32 +180,38 @@ __global__ void __launch_bounds__(kDepthwiseThreads, forward_blocks(sizeof(T), k
   };
   const auto fetch = [&](int group) {
     if (group < end) {
-      const Words words = recall(kInput);
-      const int64_t image = static_cast<int>(recall(kOutput).word[3]);
-      const In in(words);
+      const In in(load_words(kept(kInput)));
+      if (a.vectors) {
+#pragma unroll
+        for (int phase = 0; phase < kStride; phase++) {
+          const int y = group * kStride + phase - a.top;
+          const int at = slot_of(group) * group_values + phase * row_values;
+          in.fetch(ring + at, a.input, y, in_row, is_inside(y), tile, a.channels);
+          if (a.operand.z) {
+            in.fetch(z_ring + at, a.operand.z, y, in_row, is_inside(y), tile, a.channels);
+          }
+        }
+      } else {
 #pragma unroll 1
-      for (int i = 0; i < kStride * (a.operand.z ? 2 : 1); i++) {
-        const int phase = kStride == 1 ? 0 : i & 1, tensor = i / kStride;
-        const int y = group * kStride + phase - a.top;
-        const bool real = is_inside(y);
-        const T* from = static_cast<const T*>(tensor == 0 ? a.input : a.operand.z);
-        T* to = (tensor == 0 ? ring : z_ring) + slot_of(group) * group_values + phase * row_values;
-        in.fetch(to, from + (image * a.height + (real ? y : 0)) * in_row, real, tile, a.channels,
-                 static_cast<int>(words.word[3]), a.vectors);
+        for (int i = 0; i < kStride * (a.operand.z ? 2 : 1); i++) {
+          const int phase = kStride == 1 ? 0 : i & 1, y = group * kStride + phase - a.top;
+          const bool is_z = i >= kStride;
+          in.fetch_values(
+              (is_z ? z_ring : ring) + slot_of(group) * group_values + phase * row_values,
+              is_z ? a.operand.z : a.input, y, in_row, is_inside(y), tile, a.channels,
+              first_channel);
+        }
       }
     }
     commit_copies();
   };
   const auto store = [&](int y, const T* row) {
-    const Words words = recall(kOutput);
-    const int64_t image = static_cast<int>(words.word[3]);
-    T* to = static_cast<T*>(a.output) + (image * a.out_height + y) * out_row;
-    const int left = a.vectors ? 0 : static_cast<int>(recall(kInput).word[3]);
-    Out(words).store(to, row, tile, a.channels, left, a.vectors);
+    Out(load_words(kept(kOutput)))
+        .store(a.output, y, out_row, row, tile, a.channels, first_channel, a.vectors);
   };
   const auto apply = [&](int group) {
     if (group < begin || group >= end) return;
-    const Words words = recall(kOthers);
+    const Words words = load_words(kept(kOthers));
     const int start = static_cast<int>(words.word[0]), count = static_cast<int>(words.word[1]);
 #pragma unroll 1
     for (int phase = 0; phase < kStride; phase++) {
@@ -243,7 +245,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, forward_blocks(sizeof(T), k
     if (kStride == 2) sums.template add<kStride - 1>(row + row_values, step, taps);
     if (out_y < first_y) continue;
     float2(&values)[kColumns] = sums.rows[kDepth - 1];
-    const Words others = recall(kOthers);
+    const Words others = load_words(kept(kOthers));
     const float2 bias = load2(vectors + kBias * pitch + others.word[2]);
     with_activation(a.activation, [&](auto constant) {
       constexpr Activation kActivation = decltype(constant){}();
@@ -263,7 +265,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, forward_blocks(sizeof(T), k
     for (int s = 0; s < kColumns; s++) {
       if (s < valid) sum = {sum.x + values[s].x, sum.y + values[s].y};
     }
-    Words totals = recall(kTotals);
+    Words totals = load_words(kept(kTotals));
     float (&total)[4] = totals.value;
     if (a.counts == nullptr) {
       total[0] += sum.x;
@@ -280,7 +282,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, forward_blocks(sizeof(T), k
       merge_moments_of(before, total[0], total[2], count, sum.x, distances.x);
       merge_moments_of(before, total[1], total[3], count, sum.y, distances.y);
     }
-    store_words(kept + kTotals * kept_pitch, totals);
+    store_words(kept(kTotals), totals);
   }
   wait_copies<0>();
   __syncthreads();
@@ -290,12 +292,12 @@ __global__ void __launch_bounds__(kDepthwiseThreads, forward_blocks(sizeof(T), k
   // A block's strips, and for moments its images, are added in their order.
   const int thread = static_cast<int>(threadIdx.x),
             threads = tile.pairs * tile.strips * tile.images;
-  float* const counts = reinterpret_cast<float*>(dynamic_shared());
+  float* const counts = reinterpret_cast<float*>(ring);
   float count = static_cast<float>(valid * (end_y - first_y));
   if (thread < threads) counts[thread] = count;
   __syncthreads();
   const auto total_of = [&](int other) {
-    return load_words(kept + kTotals * kept_pitch + (other - thread) * 16);
+    return load_words(kept(kTotals) + (other - thread) * 16);
   };
   if (!place.active || place.strip > 0) return;
   const bool odd = place.channel + 1 == a.channels;  // the pair's second channel does not exist

@@ -31,6 +31,9 @@ struct Meeting {
   static constexpr int kUpstream = kColumns + kReach - 1;  // columns of the upstream gradient
 };
 
+// What a thread keeps in shared memory; kOwn: the sums for the bias, and where its columns begin.
+enum GradientKept { kUp, kIn, kApply, kOwnColumns, kOwn, kGradientKept };
+
 constexpr int kUpstreamAhead = 2, kInputRing = kUpstreamAhead + 1;
 
 // Bytes of shared memory: rows of the upstream gradient, of z, of the input and of the result,
@@ -44,7 +47,7 @@ int64_t gradient_shared(const DepthwiseTile& tile, const DepthwiseOperand& gradi
   const int64_t values = rows * upstream + (kInputRing + 2) * kStride * input;
   const int64_t pairs = tile.images * tile.pairs * (values * 2 * sizeof(T) + 2 * kVectors * 8);
   const int64_t threads = round_up(tile.images * tile.pairs * tile.strips, kWarp);
-  return max_of(pairs + 5 * 16 * threads, (kKernel * kKernel + 1) * 8 * threads);
+  return max_of(pairs + kGradientKept * kKeptPitch, (kKernel * kKernel + 1) * 8 * threads);
 }
 
 constexpr int gradient_blocks(int size, int kernel, int stride) {  // that registers are to allow
@@ -69,18 +72,12 @@ __global__ void __launch_bounds__(kDepthwiseThreads, gradient_blocks(sizeof(T), 
   const int step = 2 * tile.pairs;  // values of a pixel
   const int up_values = tile.images * up_columns * step;
   const int in_values = tile.images * in_columns * step;
-  T* const ring = reinterpret_cast<T*>(dynamic_shared());
+  T* const ring = reinterpret_cast<T*>(dynamic_shared() + kGradientKept * kKeptPitch);
   T* const z_ring = ring + kRing * up_values;
   T* const in_ring = z_ring + (a.gradient.z ? kUpstreamAhead : 0) * up_values;
   T* const results = in_ring + kInputRing * kStride * in_values;
   float* const vectors = reinterpret_cast<float*>(results + 2 * kStride * in_values);
   const int pitch = tile.images * step;  // of vectors
-  unsigned char* const kept =
-      reinterpret_cast<unsigned char*>(vectors + 2 * kVectors * pitch) + threadIdx.x * 16;
-  const int kept_pitch = static_cast<int>(blockDim.x) * 16;
-  enum Kept { kUp, kIn, kApply, kBias, kOwn, kKept };
-  const auto recall = [&](Kept what) { return load_words(kept + what * kept_pitch); };
-
   float2 taps[kTaps], sums[kTaps];
   {
     const int channel = first_channel + 2 * (static_cast<int>(threadIdx.x) % tile.pairs);
@@ -89,7 +86,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, gradient_blocks(sizeof(T), 
     for (int i = 0; i < kTaps; i++) sums[i] = {0.0f, 0.0f};
     Words zero;
     zero.words = {0, 0, 0, 0};
-    store_words(kept + kOwn * kept_pitch, zero);
+    store_words(kept(kOwn), zero);
   }
   const bool has_gradient = a.gradient.kind != DepthwiseOperand::plain;
   const bool has_forward = a.forward.kind != DepthwiseOperand::plain && a.partials != nullptr;
@@ -111,9 +108,11 @@ __global__ void __launch_bounds__(kDepthwiseThreads, gradient_blocks(sizeof(T), 
     const int first_x = first_b * kStride - a.left;  // and of the input
     {
       __syncthreads();  // the item before is done with
-      const Place place(first_channel, first_image, tile, kVector<T>, a.batch, a.channels);
-      const Up up(place, tile, up_columns, first_up, a.up_width, a.batch, a.channels);
-      const In in(place, tile, in_columns, first_x, a.width, a.batch, a.channels);
+      const Place place(first_channel, first_image, tile, a.batch, a.channels);
+      const Up up(place, tile, up_columns, first_up, a.up_height, a.up_width, a.batch, a.channels,
+                  first_channel);
+      const In in(place, tile, in_columns, first_x, a.height, a.width, a.batch, a.channels,
+                  first_channel);
 #pragma unroll 1
       for (int row = 0; row < kRing + (a.gradient.z ? kUpstreamAhead : 0); row++) {
         up.clear(ring + row * up_values, place, tile, up_columns, a.vectors);
@@ -123,8 +122,8 @@ __global__ void __launch_bounds__(kDepthwiseThreads, gradient_blocks(sizeof(T), 
         in.clear(in_ring + row * in_values, place, tile, in_columns,
                  a.vectors && a.partials != nullptr);
       }
-      store_words(kept + kUp * kept_pitch, up.words(place.left));
-      store_words(kept + kIn * kept_pitch, in.words(place.image));
+      store_words(kept(kUp), up.words());
+      store_words(kept(kIn), in.words());
       const bool there = place.slot < tile.images;
       const int vector_start = there ? place.slot * step + 2 * place.pair : 0;
       const int up_slot = place.slot * up_columns * step + 2 * place.pair;
@@ -144,17 +143,17 @@ __global__ void __launch_bounds__(kDepthwiseThreads, gradient_blocks(sizeof(T), 
       words.words = {static_cast<unsigned>(up_slot + up_from * step), count(up_from, up_to),
                      static_cast<unsigned>(in_slot + in_from * step),
                      count(in_from, smaller(in_columns, a.width - first_x))};
-      store_words(kept + kApply * kept_pitch, words);
+      store_words(kept(kApply), words);
       words.words = {static_cast<unsigned>(up_slot + bias_from * step), count(bias_from, up_to),
                      static_cast<unsigned>(vector_start),
                      static_cast<unsigned>(row_block == 0 ? 0 : begin)};
-      store_words(kept + kBias * kept_pitch, words);
+      store_words(kept(kOwnColumns), words);
       // Where the thread's columns begin. (All threads multiply; what those find that have no place
       // in the tile is nothing to anyone.)
-      words = recall(kOwn);
+      words = load_words(kept(kOwn));
       words.word[2] = there ? up_slot + place.strip * kColumns * step : 0;
       words.word[3] = there ? in_slot + place.strip * kColumns * kStride * step : 0;
-      store_words(kept + kOwn * kept_pitch, words);
+      store_words(kept(kOwn), words);
       if (there && place.strip == 0) {
 #pragma unroll 1
         for (int i = 0; i < (place.active ? kOperandVectors : 0); i++) {
@@ -166,40 +165,51 @@ __global__ void __launch_bounds__(kDepthwiseThreads, gradient_blocks(sizeof(T), 
       }
     }
 
-    const int64_t up_row = int64_t{a.up_width} * a.channels, in_row = int64_t{a.width} * a.channels;
+    const int up_row = a.up_width * a.channels, in_row = a.width * a.channels;
     const auto in_slot_of = [](int group) {
       return static_cast<int>(static_cast<unsigned>(group + kInputRing * kReach) % kInputRing);
     };
     const auto fetch = [&](int group, int slot) {
       if (group < end) {
-        const Words words = recall(kUp), in_words = recall(kIn);
-        const int64_t image = static_cast<int>(in_words.word[3]);
-        const int left = static_cast<int>(words.word[3]);
+        const Up up(load_words(kept(kUp)));
+        const In in(load_words(kept(kIn)));
         const bool real = static_cast<unsigned>(group) < static_cast<unsigned>(a.up_height);
-        const int64_t from = (image * a.up_height + (real ? group : 0)) * up_row;
+        T* const to = ring + slot * up_values;
+        T* const z_to = z_ring + (group & 1) * up_values;
+        T* const in_to = in_ring + in_slot_of(group) * kStride * in_values;
+        const auto is_inside = [&](int y) {
+          return group >= begin && static_cast<unsigned>(y) < static_cast<unsigned>(a.height);
+        };
+        if (a.vectors) {
+          up.fetch(to, a.upstream, group, up_row, real, tile, a.channels);
+          if (a.gradient.z) up.fetch(z_to, a.gradient.z, group, up_row, real, tile, a.channels);
+          if (a.partials) {
+#pragma unroll
+            for (int phase = 0; phase < kStride; phase++) {
+              const int y = group * kStride + phase - a.top;
+              in.fetch(in_to + phase * in_values, a.input, y, in_row, is_inside(y), tile,
+                       a.channels);
+            }
+          }
+        } else {
 #pragma unroll 1
-        for (int tensor = 0; tensor < (a.gradient.z ? 2 : 1); tensor++) {
-          const void* source = tensor == 0 ? a.upstream : a.gradient.z;
-          T* to = tensor == 0 ? ring + slot * up_values : z_ring + (group & 1) * up_values;
-          Up(words).fetch(to, static_cast<const T*>(source) + from, real, tile, a.channels, left,
-                          a.vectors);
-        }
+          for (int i = 0; i < (a.gradient.z ? 2 : 1); i++) {
+            up.fetch_values(i == 0 ? to : z_to, i == 0 ? a.upstream : a.gradient.z, group, up_row,
+                            real, tile, a.channels, first_channel);
+          }
 #pragma unroll 1
-        for (int phase = 0; phase < (a.partials ? kStride : 0); phase++) {
-          const int y = group * kStride + phase - a.top;
-          const bool inside =
-              group >= begin && static_cast<unsigned>(y) < static_cast<unsigned>(a.height);
-          const int64_t at = (image * a.height + (inside ? y : 0)) * in_row;
-          T* to = in_ring + (in_slot_of(group) * kStride + phase) * in_values;
-          In(in_words).fetch(to, static_cast<const T*>(a.input) + at, inside, tile, a.channels,
-                             left, a.vectors);
+          for (int phase = 0; phase < (a.partials ? kStride : 0); phase++) {
+            const int y = group * kStride + phase - a.top;
+            in.fetch_values(in_to + phase * in_values, a.input, y, in_row, is_inside(y), tile,
+                            a.channels, first_channel);
+          }
         }
       }
       commit_copies();
     };
     // What the convolution sees of a group's rows, in their place; and the sums for the bias.
     const auto apply = [&](int group, int slot) {
-      const Words words = recall(kApply), for_bias = recall(kBias);
+      const Words words = load_words(kept(kApply)), for_bias = load_words(kept(kOwnColumns));
       const float* pair_vectors = vectors + for_bias.word[2];
       const int each = tile.strips * step;
       if (static_cast<unsigned>(group) < static_cast<unsigned>(a.up_height)) {
@@ -210,7 +220,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, gradient_blocks(sizeof(T), 
                         static_cast<int>(words.word[1]), each, pair_vectors, pitch);
         }
         if (a.partials && group >= static_cast<int>(for_bias.word[3])) {
-          Words own = recall(kOwn);
+          Words own = load_words(kept(kOwn));
           row += for_bias.word[0];
           float2 total = {0.0f, 0.0f};
 #pragma unroll 1
@@ -220,7 +230,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, gradient_blocks(sizeof(T), 
           }
           own.value[0] += total.x;
           own.value[1] += total.y;
-          store_words(kept + kOwn * kept_pitch, own);
+          store_words(kept(kOwn), own);
         }
       }
       if (!has_forward || group < begin) return;
@@ -234,15 +244,13 @@ __global__ void __launch_bounds__(kDepthwiseThreads, gradient_blocks(sizeof(T), 
       }
     };
     const auto store = [&](int group) {
-      const Words words = recall(kIn);
-      const int64_t image = static_cast<int>(words.word[3]);
+      const In in(load_words(kept(kIn)));
 #pragma unroll 1
       for (int phase = 0; phase < kStride; phase++) {
         const int y = group * kStride + phase - a.top;
         if (static_cast<unsigned>(y) >= static_cast<unsigned>(a.height)) continue;
-        In(words).store(static_cast<T*>(a.output) + (image * a.height + y) * in_row,
-                        results + ((group & 1) * kStride + phase) * in_values, tile, a.channels,
-                        static_cast<int>(recall(kUp).word[3]), a.vectors);
+        in.store(a.output, y, in_row, results + ((group & 1) * kStride + phase) * in_values, tile,
+                 a.channels, first_channel, a.vectors);
       }
     };
 
@@ -262,7 +270,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, gradient_blocks(sizeof(T), 
       if (group + 1 >= start && group + 1 < end) apply(group + 1, next);
       if (group >= begin) {
         const bool there = static_cast<int>(threadIdx.x) < tile.pairs * tile.strips * tile.images;
-        const Words own = recall(kOwn);
+        const Words own = load_words(kept(kOwn));
         const int up_start = static_cast<int>(own.word[2]),
                   in_start = static_cast<int>(own.word[3]);
 #pragma unroll
@@ -323,7 +331,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, gradient_blocks(sizeof(T), 
 
   if (a.partials == nullptr) return;
   // The block's strips and images are added in their order.
-  const float2 bias = load2(recall(kOwn).value);
+  const float2 bias = load2(load_words(kept(kOwn)).value);
   __syncthreads();
   const int threads = static_cast<int>(blockDim.x);
   const int thread = static_cast<int>(threadIdx.x), each = tile.strips * tile.images;

@@ -30,18 +30,16 @@ __device__ inline float2 channel_pair(const float* vector, int channel, int chan
 struct Place {
   int pair, strip, slot;  // slot: of the image, in the block
   int image, channel;
-  int left;     // channels from the first of the thread's vectors on
   bool active;  // the thread has something to compute
 
-  __device__ Place(int first_channel, int first_image, const DepthwiseTile& tile, int vector,
-                   int batch, int channels) {
+  __device__ Place(int first_channel, int first_image, const DepthwiseTile& tile, int batch,
+                   int channels) {
     const int thread = static_cast<int>(threadIdx.x), each = tile.pairs * tile.strips;
     slot = thread / each;
     strip = thread % each / tile.pairs;
     pair = thread % tile.pairs;
     image = first_image + slot;
     channel = first_channel + 2 * pair;
-    left = channels - first_channel - thread % (tile.pairs * 2 / vector) * vector;
     active = slot < tile.images && image < batch && channel < channels;
   }
 };
@@ -51,8 +49,9 @@ struct Place {
 // the same for all threads, and so cost no registers; the rest is kept in shared memory.
 template <class T, int kCount>
 struct RowPart {
-  unsigned inside = 0;         // bit j: the thread's vector j lies in the image
-  int global = 0, shared = 0;  // of the first: in values from the row, in bytes
+  unsigned inside = 0;  // bit j: the thread's vector j lies in the image
+  int shared = 0;       // of the first: bytes from the row in shared memory,
+  int64_t global = 0;   // and values from the tensor's start to where row 0 of the image has it
 
   static __device__ int global_step(const DepthwiseTile& tile, int channels) {
     return kPairs<T> * tile.strips * channels;
@@ -60,16 +59,21 @@ struct RowPart {
   static __device__ int shared_step(const DepthwiseTile& tile) {
     return tile.pairs * tile.strips * 16;
   }
+  // The first channel of the thread's vectors.
+  static __device__ int channel(const DepthwiseTile& tile, int first_channel) {
+    const int thread = static_cast<int>(threadIdx.x) % (tile.pairs * tile.strips);
+    return first_channel + thread % (tile.pairs / kPairs<T>)*kVector<T>;
+  }
 
-  // `columns` of a row, of which the first is column `x` of an image `width` wide.
-  __device__ RowPart(const Place& place, const DepthwiseTile& tile, int columns, int x, int width,
-                     int batch, int channels) {
+  // `columns` of a row, of which the first is column `x` of an image height x width.
+  __device__ RowPart(const Place& place, const DepthwiseTile& tile, int columns, int x, int height,
+                     int width, int batch, int channels, int first_channel) {
     const int vectors = tile.pairs / kPairs<T>;
     const int thread = static_cast<int>(threadIdx.x) % (tile.pairs * tile.strips);
-    const int column = thread / vectors, vector = thread % vectors;
-    global = (x + column) * channels + channels - place.left;
-    shared = ((place.slot * columns + column) * vectors + vector) * 16;
-    if (place.slot >= tile.images || place.image >= batch || place.left <= 0) return;
+    const int column = thread / vectors, first = channel(tile, first_channel);
+    shared = ((place.slot * columns + column) * vectors + thread % vectors) * 16;
+    global = (int64_t{place.image} * height * width + x + column) * channels + first;
+    if (place.slot >= tile.images || place.image >= batch || first >= channels) return;
 #pragma unroll
     for (int j = 0; j < kCount; j++) {
       const int at = column + j * kPairs<T> * tile.strips;
@@ -81,14 +85,13 @@ struct RowPart {
 
   __device__ RowPart(const Words& words)
       : inside(words.word[0]),
-        global(static_cast<int>(words.word[1])),
-        shared(static_cast<int>(words.word[2])) {}
+        shared(static_cast<int>(words.word[1])),
+        global(static_cast<int64_t>(uint64_t{words.word[3]} << 32 | words.word[2])) {}
 
-  // To be kept, with one more number.
-  __device__ Words words(int other) const {
+  __device__ Words words() const {  // to be kept
     Words words;
-    words.words = {inside, static_cast<unsigned>(global), static_cast<unsigned>(shared),
-                   static_cast<unsigned>(other)};
+    words.words = {inside, static_cast<unsigned>(shared), static_cast<unsigned>(global),
+                   static_cast<unsigned>(global >> 32)};
     return words;
   }
 
@@ -111,20 +114,25 @@ struct RowPart {
     }
   }
 
-  // Zeros if the row is not `real`. left: channels from the vectors' first on.
-  __device__ void fetch(T* shared_row, const T* from, bool real, const DepthwiseTile& tile,
-                        int channels, int left, bool vectors) const {
+  // Row `y` of `tensor`, `row_values` apart; zeros if it is not `real`.
+  __device__ void fetch(T* shared_row, const void* tensor, int y, int row_values, bool real,
+                        const DepthwiseTile& tile, int channels) const {
     unsigned char* row = reinterpret_cast<unsigned char*>(shared_row) + shared;
-    from += global;
-    if (vectors) {
+    const T* from = static_cast<const T*>(tensor) + (global + int64_t{real ? y : 0} * row_values);
 #pragma unroll
-      for (int j = 0; j < kCount; j++) {
-        if (inside >> j & 1) {
-          copy_async(row + j * shared_step(tile), from + j * global_step(tile, channels), real);
-        }
+    for (int j = 0; j < kCount; j++) {
+      if (inside >> j & 1) {
+        copy_async(row + j * shared_step(tile), from + j * global_step(tile, channels), real);
       }
-      return;
     }
+  }
+
+  // The same one by one, where 16-byte accesses are not possible.
+  __device__ void fetch_values(T* shared_row, const void* tensor, int y, int row_values, bool real,
+                               const DepthwiseTile& tile, int channels, int first_channel) const {
+    unsigned char* row = reinterpret_cast<unsigned char*>(shared_row) + shared;
+    const T* from = static_cast<const T*>(tensor) + (global + int64_t{real ? y : 0} * row_values);
+    const int left = channels - channel(tile, first_channel);
 #pragma unroll 1
     for (int j = 0; j < kCount; j++) {
       T* to = reinterpret_cast<T*>(row + j * shared_step(tile));
@@ -136,10 +144,11 @@ struct RowPart {
     }
   }
 
-  __device__ void store(T* to, const T* shared_row, const DepthwiseTile& tile, int channels,
-                        int left, bool vectors) const {
+  __device__ void store(void* tensor, int y, int row_values, const T* shared_row,
+                        const DepthwiseTile& tile, int channels, int first_channel,
+                        bool vectors) const {
     const unsigned char* row = reinterpret_cast<const unsigned char*>(shared_row) + shared;
-    to += global;
+    T* to = static_cast<T*>(tensor) + (global + int64_t{y} * row_values);
     if (vectors) {
 #pragma unroll
       for (int j = 0; j < kCount; j++) {
@@ -150,6 +159,7 @@ struct RowPart {
       }
       return;
     }
+    const int left = channels - channel(tile, first_channel);
 #pragma unroll 1
     for (int j = 0; j < kCount; j++) {
       const T* from = reinterpret_cast<const T*>(row + j * shared_step(tile));
@@ -175,6 +185,13 @@ __device__ inline void load_taps(float2 (&taps)[kTaps], const T* from, const flo
     if (channel < channels) taps[i].x = to_float(from[i * step]) * scale.x;
     if (channel + 1 < channels) taps[i].y = to_float(from[i * step + 1]) * scale.y;
   }
+}
+
+// Words that a thread keeps at the beginning of shared memory between their uses, 16 bytes each.
+constexpr int kKeptPitch = kDepthwiseThreads * 16;
+
+__device__ inline unsigned char* kept(int what) {
+  return dynamic_shared() + what * kKeptPitch + threadIdx.x * 16;
 }
 
 // ---- Prologue
