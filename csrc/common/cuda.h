@@ -335,6 +335,19 @@ __device__ inline void copy_async(void* shared, const void* global, bool inside)
 #endif
 }
 
+// The same without a branch around it: nothing happens unless `asked`.
+__device__ inline void copy_async_if(bool asked, void* shared, const void* global, bool inside) {
+#if defined(__CUDACC__)
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %3, 0;\n"
+      "@p cp.async.cg.shared.global [%0], [%1], 16, %2;}" ::"r"(shared_address(shared)),
+      "l"(global), "r"(inside ? 16 : 0), "r"(static_cast<int>(asked))
+      : "memory");
+#else
+  if (asked) emulation::copy_async(shared, global, 16, inside);
+#endif
+}
+
 // Ends a group of copies.
 __device__ inline void commit_copies() {
 #if defined(__CUDACC__)

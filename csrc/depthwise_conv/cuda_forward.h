@@ -43,6 +43,16 @@ struct Sums {
     }
   }
 
+  // What a group of padding adds.
+  __device__ void shift() {
+#pragma unroll
+    for (int s = 0; s < kColumns; s++) {
+#pragma unroll
+      for (int d = kDepth - 1; d > 0; d--) rows[d][s] = rows[d - 1][s];
+      rows[0][s] = {0.0f, 0.0f};
+    }
+  }
+
   // Adds row `kPhase` of a group of kStride input rows.
   template <int kPhase, class T>
   __device__ void add(const T* row, int step, const float2 (&taps)[kKernel * kKernel]) {
@@ -171,6 +181,8 @@ __global__ void __launch_bounds__(kDepthwiseThreads, forward_blocks(sizeof(T), k
   // nothing but padding; a group finishes the output row g - (kDepth - 1).
   const int begin = smaller(larger(first_y, a.top / kStride), first_y + kDepth - 1);
   const int end = end_y + kDepth - 1;
+  // The first group below the image.
+  const int seen = smaller(end, larger(begin, (a.height + a.top + kStride - 1) / kStride));
   const int in_row = a.width * a.channels, out_row = a.out_width * a.channels;
   const auto is_inside = [&](int y) {
     return static_cast<unsigned>(y) < static_cast<unsigned>(a.height);
@@ -179,7 +191,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, forward_blocks(sizeof(T), k
     return static_cast<int>(static_cast<unsigned>(group) % kRing);
   };
   const auto fetch = [&](int group) {
-    if (group < end) {
+    if (group < seen) {
       const In in(load_words(kept(kInput)));
       if (a.vectors) {
 #pragma unroll
@@ -210,7 +222,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, forward_blocks(sizeof(T), k
         .store(a.output, y, out_row, row, tile, a.channels, first_channel, a.vectors);
   };
   const auto apply = [&](int group) {
-    if (group < begin || group >= end) return;
+    if (group < begin || group >= seen) return;
     const Words words = load_words(kept(kOthers));
     const int start = static_cast<int>(words.word[0]), count = static_cast<int>(words.word[1]);
 #pragma unroll 1
@@ -224,26 +236,9 @@ __global__ void __launch_bounds__(kDepthwiseThreads, forward_blocks(sizeof(T), k
 
   Window sums;
   sums.clear();
-  // A step multiplies one group, applies the operand to the next and asks for the one that is
-  // kRing - 1 ahead; the first steps only do the latter.
-#pragma unroll 1
-  for (int group = begin - (kRing - 1); group < end; group++) {
-    // What this step reads is there for all threads; all are done with the step before.
-    if (has_operand) {
-      wait_copies<kRing - 3>();
-    } else {
-      wait_copies<kRing - 2>();
-    }
-    __syncthreads();
-    fetch(group + kRing - 1);
+  // Bias, activation and the sums over pixels of the row that `group` finishes.
+  const auto finish = [&](int group) {
     const int out_y = group - (kDepth - 1);
-    if (out_y > first_y) store(out_y - 1, results + (group & 1 ? 0 : result_values));
-    if (has_operand) apply(group + 1);
-    if (group < begin) continue;
-    const T* row = ring + slot_of(group) * group_values + row_start;
-    sums.template add<0>(row, step, taps);
-    if (kStride == 2) sums.template add<kStride - 1>(row + row_values, step, taps);
-    if (out_y < first_y) continue;
     float2(&values)[kColumns] = sums.rows[kDepth - 1];
     const Words others = load_words(kept(kOthers));
     const float2 bias = load2(vectors + kBias * pitch + others.word[2]);
@@ -255,11 +250,11 @@ __global__ void __launch_bounds__(kDepthwiseThreads, forward_blocks(sizeof(T), k
                      activate<kActivation>(values[s].y + bias.y)};
       }
     });
-    if (valid == 0) continue;
+    if (valid == 0) return;
     T* to = results + (group & 1 ? result_values : 0) + others.word[3];
 #pragma unroll
     for (int s = 0; s < kColumns; s++) store2(to + s * step, values[s]);
-    if (a.sums == nullptr && a.counts == nullptr) continue;
+    if (a.sums == nullptr && a.counts == nullptr) return;
     float2 sum = {0.0f, 0.0f};
 #pragma unroll
     for (int s = 0; s < kColumns; s++) {
@@ -283,8 +278,39 @@ __global__ void __launch_bounds__(kDepthwiseThreads, forward_blocks(sizeof(T), k
       merge_moments_of(before, total[1], total[3], count, sum.y, distances.y);
     }
     store_words(kept(kTotals), totals);
+  };
+  // A step multiplies one group, applies the operand to the next and asks for the one that is
+  // kRing - 1 ahead; the first steps only do the latter.
+#pragma unroll 1
+  for (int group = begin - (kRing - 1); group < seen; group++) {
+    // What this step reads is there for all threads; all are done with the step before.
+    if (has_operand) {
+      wait_copies<kRing - 3>();
+    } else {
+      wait_copies<kRing - 2>();
+    }
+    __syncthreads();
+    fetch(group + kRing - 1);
+    const int out_y = group - (kDepth - 1);
+    if (out_y > first_y) store(out_y - 1, results + (group & 1 ? 0 : result_values));
+    if (has_operand) apply(group + 1);
+    if (group < begin) continue;
+    const T* row = ring + slot_of(group) * group_values + row_start;
+    sums.template add<0>(row, step, taps);
+    if (kStride == 2) sums.template add<kStride - 1>(row + row_values, step, taps);
+    if (out_y < first_y) continue;
+    finish(group);
   }
   wait_copies<0>();
+  // Rows whose windows end in the padding below the image.
+#pragma unroll 1
+  for (int group = seen; group < end; group++) {
+    __syncthreads();
+    const int out_y = group - (kDepth - 1);
+    if (out_y > first_y) store(out_y - 1, results + (group & 1 ? 0 : result_values));
+    sums.shift();
+    if (out_y >= first_y) finish(group);
+  }
   __syncthreads();
   if (end_y > first_y) store(end_y - 1, results + ((end - 1) & 1 ? result_values : 0));
   if (a.sums == nullptr && a.counts == nullptr) return;

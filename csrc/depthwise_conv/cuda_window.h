@@ -121,9 +121,9 @@ struct RowPart {
     const T* from = static_cast<const T*>(tensor) + (global + int64_t{real ? y : 0} * row_values);
 #pragma unroll
     for (int j = 0; j < kCount; j++) {
-      if (inside >> j & 1) {
-        copy_async(row + j * shared_step(tile), from + j * global_step(tile, channels), real);
-      }
+      copy_async_if(inside >> j & 1, row, from, real);
+      row += shared_step(tile);
+      from += global_step(tile, channels);
     }
   }
 
@@ -152,10 +152,9 @@ struct RowPart {
     if (vectors) {
 #pragma unroll
       for (int j = 0; j < kCount; j++) {
-        if (inside >> j & 1) {
-          store_words(to + j * global_step(tile, channels),
-                      load_words(row + j * shared_step(tile)));
-        }
+        if (inside >> j & 1) store_words(to, load_words(row));
+        row += shared_step(tile);
+        to += global_step(tile, channels);
       }
       return;
     }
