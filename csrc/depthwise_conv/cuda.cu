@@ -1,5 +1,75 @@
-// Depthwise convolution: a kxk window over each channel by itself.
-// promise: window_kernel<.*, 3, .> threads 128, shared 49152, warps 20, loads 16, stores 16
+// Depthwise convolution, a kxk window over each channel by itself, and its gradients:
+//
+//   output[n, y, x, c] = activation(bias[c] + scale[c] * sum over i, j of
+//                                   taps[i, j, c] * operand(input)[n, y*s + i - top, x*s + j -
+//                                   left, c])
+//   input gradient[n, v, u, c] = scale[c] * sum of taps[i, j, c] * t[n, (v + top - i) / s, ..., c]
+//   tap gradient[i, j, c]      = sum of t[n, y, x, c] * operand(input)[n, y*s + i - top, ..., c]
+//
+// (the input gradient over those i and j where the division leaves no rest; t is what an operand
+// makes of the upstream gradient). NHWC, taps [k*k, C]. `operand` is a prologue: a BatchNorm's
+// affine and an activation, or the gradient of both (effkernels/triton/operands.py); it is zero
+// outside the image. Beside the output come sums over pixels for its spatial mean, and moments for
+// a BatchNorm. Sums have two stages in a fixed order; there are no atomics.
+//
+// Moves input and output once (gradients: upstream, z, input and the input's gradient). B0's 5x5
+// with 672 channels, 14x14, batch 256, bfloat16: 135 MB, 45 us on an H100 (3.0 TB/s), beside
+// 0.84e9 multiply-adds, 29 us at 128 a clock and processor (1.7 GHz): a 5x5 has few instructions to
+// waste. Both its gradients: 269 MB, 90 us, and 58 us of multiply-adds; from two kernels 404 MB.
+//
+// Forward (cuda_forward.h). A block has a strip of columns of an image (7 outputs for each of its
+// threads), a few channels, and goes down the rows. Rows come to shared memory by asynchronous
+// copies of 16 bytes, two or three ahead, into a ring whose padding was zeroed once, so nothing in
+// the loop asks for edges. A thread has two channels, its taps and the sums of the k rows of
+// outputs that its window is in, all in registers; it reads, converts and multiplies every value of
+// a row once: (7 + k - 1) / 7 times an output. The sums move down a row without a move, as each
+// row's first multiply-add reads the registers of the row before. The operand is applied in shared
+// memory a row ahead, once an element where a window in registers would do it 1.3 to 1.6 times, and
+// by code that all kernels share with the activation known at run time: 18 kernels instead of 54 or
+// more. Results go through shared memory, too, and leave as 16-byte stores a step later, so that
+// there is one barrier a row. What a thread needs once a row (addresses, masks, sums) waits in
+// shared memory, 16 bytes at a time: 5x5 would not fit into 168 registers otherwise.
+//
+// Gradients (cuda_gradient.h). The input's gradient of stride 1 alone is the forward kernel with
+// flipped taps. Both gradients come from one kernel in which a thread has columns of the input: for
+// every row of the input it goes over the (k + s - 1) / s rows of t that it meets, which stay in a
+// ring in shared memory, and each value of t is loaded and converted once for both: multiplied with
+// taps for the one, with inputs for the other. Taps and their sums are 100 registers of a 5x5; the
+// window itself slides in registers of at most k columns. A block takes several tiles, and writes
+// one partial result a tap.
+//
+// Counted in the compiler's output (sm_90, bfloat16), instructions a thread and row of 14 outputs,
+// so / 14 for one output. 5x5: 402 for the window (350 multiply-adds), 85 for a SiLU, 54 to fetch,
+// 45 to store, 37 to round and hand over, 30 for the mean, 45 of the loop: 50 an output (Triton: 50
+// to 56). 3x3: 170 for the window, 33 an output (Triton: 33), and no register of either holds a
+// row under way. Both gradients: 73 a value (5x5, 50 of them multiply-adds) and 32 (3x3), without
+// what fetches and stores; SiLU's gradient 20 a value of t, a forward prologue 11.
+//
+// Tried and lost, by compiler output:
+// - A branch around rows of padding inside the loop: 112 moves a row, and spills. Rows above the
+//   image are left out at the start, those below have a loop of their own.
+// - The sums' rows keeping their registers, with a variant of the step for each of k - 1 positions:
+//   three times the code, and the compiler moved them anyway.
+// - The prologue's code for each activation, twice unrolled: half of a kernel's code; now for SiLU,
+//   and once for all others. The loops that start a tile written apart: the same fetch twice.
+// - 128 registers for a 5x5 of stride 2: spills; it has 168, as stride 1.
+// - Four sums instead of 7 columns: 31 instead of 28.7 instructions an output for the window.
+// - exp and division with denormal results kept: 12 instead of 6 instructions for a SiLU.
+//
+// Not done: small tails (a 5x5 that makes 8 columns has 14), float32 has fewer warps than others,
+// 7x7 has no kernel for its weights' gradient but the general one. No GPU has run this.
+//
+// Warps are those of compute capability 8.0, whose 164 KB are the least of those promised for.
+// promise: window_kernel<float, .*> threads 128, shared 115712, warps 4, loads 16, stores 16
+// promise: window_kernel<.*, 3, 1> threads 128, shared 49152, warps 12, loads 16, stores 16
+// promise: window_kernel<.*, 5, 1> threads 128, shared 53760, warps 12, loads 16, stores 16
+// promise: window_kernel<.*> threads 128, shared 62976, warps 8, loads 16, stores 16
+// promise: gradient_kernel<float, .*> threads 128, shared 128512, warps 4, loads 16, stores 16
+// promise: gradient_kernel<.*> threads 128, shared 74240, warps 8, loads 16, stores 16
+// promise: general_kernel<.*> threads 128, shared 2048, warps 32
+// promise: general_gradient_kernel<.*> threads 128, shared 512, warps 32
+// promise: totals_kernel threads 1024, shared 4096, warps 32
+// promise: moments_kernel threads 1024, shared 4096, warps 32
 #include "common/cuda.h"
 #include "depthwise_conv/cuda.h"
 #include "depthwise_conv/cuda_forward.h"

@@ -32,6 +32,9 @@ struct DepthwiseTile {
 // Outputs of a thread, side by side. 7 divides the widths of a 224-pixel network; the taps of a 7x7
 // leave room for 4.
 constexpr int depthwise_columns(int64_t kernel) { return kernel == 7 ? 4 : 7; }
+// Groups of stride columns of the input, in the kernel for its gradient: as many as shared memory
+// has room for.
+constexpr int depthwise_gradient_columns(int64_t stride) { return stride == 1 ? 7 : 4; }
 constexpr int kDepthwiseThreads = 128;  // at most: pairs * strips * images, in whole warps
 
 struct DepthwiseConvCuda {

@@ -32,6 +32,9 @@ template <int kKernel, int kStride>
 struct Sums {
   static constexpr int kColumns = depthwise_columns(kKernel);
   static constexpr int kDepth = (kKernel + kStride - 1) / kStride;
+  // Groups of rows in shared memory: one that is multiplied, one that the operand is applied to,
+  // and one or, of single rows, two on their way.
+  static constexpr int kRing = kStride == 1 ? 4 : 3;
   static constexpr int kInputs = (kColumns - 1) * kStride + kKernel;
   float2 rows[kDepth][kColumns];
 
@@ -92,7 +95,8 @@ enum Kept { kInput, kOutput, kOthers, kTotals, kKept };
 template <class T, int kKernel, int kStride>
 int64_t forward_shared(const DepthwiseTile& tile, const DepthwiseOperand& operand) {
   const int64_t columns = tile.strips * depthwise_columns(kKernel);
-  const int64_t rows = kRing * kStride * ((columns - 1) * kStride + kKernel);
+  const int64_t rows =
+      Sums<kKernel, kStride>::kRing * kStride * ((columns - 1) * kStride + kKernel);
   const int64_t values = (operand.z ? 2 : 1) * rows + 2 * columns;
   const int64_t pairs = tile.images * tile.pairs * (values * 2 * sizeof(T) + kVectors * 8);
   return pairs + kKept * kKeptPitch;
@@ -103,6 +107,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, forward_blocks(sizeof(T), k
     window_kernel(ForwardArguments a) {
   using Window = Sums<kKernel, kStride>;
   constexpr int kDepth = Window::kDepth, kColumns = Window::kColumns;
+  constexpr int kRing = Window::kRing;
   using In = RowPart<T, (Window::kInputs + kPairs<T> - 1) / kPairs<T>>;
   using Out = RowPart<T, (kColumns + kPairs<T> - 1) / kPairs<T>>;
   const DepthwiseTile& tile = a.tile;

@@ -26,7 +26,7 @@ struct GradientArguments {
 // thread has kColumns such groups of kStride columns.
 template <int kKernel, int kStride>
 struct Meeting {
-  static constexpr int kColumns = depthwise_columns(kKernel);
+  static constexpr int kColumns = depthwise_gradient_columns(kStride);
   static constexpr int kReach = (kKernel + kStride - 1) / kStride;
   static constexpr int kUpstream = kColumns + kReach - 1;  // columns of the upstream gradient
 };
@@ -148,8 +148,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, gradient_blocks(sizeof(T), 
                      static_cast<unsigned>(vector_start),
                      static_cast<unsigned>(row_block == 0 ? 0 : begin)};
       store_words(kept(kOwnColumns), words);
-      // Where the thread's columns begin. (All threads multiply; what those find that have no place
-      // in the tile is nothing to anyone.)
+      // Where the thread's columns begin.
       words = load_words(kept(kOwn));
       words.word[2] = there ? up_slot + place.strip * kColumns * step : 0;
       words.word[3] = there ? in_slot + place.strip * kColumns * kStride * step : 0;
@@ -268,8 +267,8 @@ __global__ void __launch_bounds__(kDepthwiseThreads, gradient_blocks(sizeof(T), 
       fetch(group + kUpstreamAhead, after);
       if (a.output != nullptr && group > begin) store(group - 1);
       if (group + 1 >= start && group + 1 < end) apply(group + 1, next);
-      if (group >= begin) {
-        const bool there = static_cast<int>(threadIdx.x) < tile.pairs * tile.strips * tile.images;
+      const bool there = static_cast<int>(threadIdx.x) < tile.pairs * tile.strips * tile.images;
+      if (group >= begin && there) {
         const Words own = load_words(kept(kOwn));
         const int up_start = static_cast<int>(own.word[2]),
                   in_start = static_cast<int>(own.word[3]);
@@ -314,7 +313,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, gradient_blocks(sizeof(T), 
               }
             }
             const int done = m - (kReach - 1);
-            if (done >= 0 && there) {
+            if (done >= 0) {
 #pragma unroll
               for (int c = 0; c < kStride; c++) {
                 store2(to + (done * kStride + c) * step, results_of[done * kStride + c]);

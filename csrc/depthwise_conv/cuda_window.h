@@ -7,7 +7,6 @@
 namespace effkernels {
 namespace {
 
-constexpr int kRing = 4;            // groups of rows in shared memory
 constexpr int kOperandVectors = 7;  // in the order of `operand_vector`
 constexpr int kBias = 7, kVectors = 8;
 

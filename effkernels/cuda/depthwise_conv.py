@@ -13,7 +13,14 @@ from ..layout import empty_nhwc, nhwc, output_size
 from ..native import activation_codes
 from ..triton.operands import Forward, Gradient
 from . import can_run
-from .depthwise_conv_config import DepthwiseTile, choose, columns, is_tuned, processors
+from .depthwise_conv_config import (
+    DepthwiseTile,
+    choose,
+    columns,
+    is_tuned,
+    processors,
+    shared_limit,
+)
 
 __all__ = ["can_run", "depthwise_conv", "depthwise_conv_backward"]
 
@@ -157,18 +164,25 @@ def stencil(
 
 
 def tile_of(
-    input: Tensor, height: int, width: int, kernel: Sequence[int], stride: Sequence[int]
+    input: Tensor,
+    height: int,
+    width: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    gradient: bool = False,
 ) -> DepthwiseTile:
-    """The tile for outputs [N, C, height, width] of a convolution."""
+    """The tile for outputs [N, C, height, width] of a convolution, or for groups of inputs."""
     return choose(
         max(1, input.shape[0]),
         max(1, input.shape[1]),
         height,
         width,
         kernel[0] if kernel[0] in (3, 5, 7) else 3,
-        min(stride),
+        min(*stride, 2),
         input.element_size(),
+        gradient,
         processors(input),
+        shared_limit(input),
     )
 
 

@@ -42,6 +42,11 @@ def columns(kernel: Sequence[int]) -> int:
     return 4 if kernel[0] == 7 else 7
 
 
+def gradient_columns(stride: Sequence[int]) -> int:
+    """The same of groups of ``stride`` inputs; cuda.h depthwise_gradient_columns."""
+    return 7 if stride[0] == 1 else 4
+
+
 def is_tuned(
     kernel: Sequence[int],
     stride: Sequence[int],
@@ -87,6 +92,23 @@ def gradient_is_tuned(
     )
 
 
+def shared_memory(
+    tile: DepthwiseTile, kernel: int, stride: int, itemsize: int, gradient: bool
+) -> int:
+    """Bytes that a block has at most; ``forward_shared`` and ``gradient_shared`` of csrc."""
+    kept, vectors = 16 * _THREADS, 64  # bytes of what threads keep, of a pair's vectors
+    if gradient:
+        groups = tile.strips * gradient_columns((stride, stride))
+        reach = -(-kernel // stride)
+        values = (reach + 4) * (groups + reach - 1) + 5 * stride * groups * stride
+        return tile.images * tile.pairs * (values * 2 * itemsize + 2 * vectors) + 5 * kept
+    outputs = tile.strips * columns((kernel, kernel))
+    tensors = 2 if stride == 1 else 1  # with z
+    rows = tensors * (4 if stride == 1 else 3 * stride)
+    values = rows * ((outputs - 1) * stride + kernel) + 2 * outputs
+    return tile.images * tile.pairs * (values * 2 * itemsize + vectors) + 4 * kept
+
+
 @functools.lru_cache(maxsize=4096)
 def choose(
     batch: int,
@@ -96,9 +118,13 @@ def choose(
     kernel: int,
     stride: int,
     itemsize: int,
+    gradient: bool,
     processors: int,
+    limit: int,
 ) -> DepthwiseTile:
-    """The tile for outputs of this size. Nothing has been measured.
+    """The tile for outputs of this size, or for inputs in groups of ``stride``: not measured.
+
+    No block has more than ``limit`` bytes of shared memory.
 
     Channels, strips and images: the share of threads that have something to do decides, for a
     column that sticks out of the image, an idle thread and a channel too many cost as much as
@@ -108,7 +134,8 @@ def choose(
     Rows: the fewest steps, counted over the times that the device has to be filled with blocks. A
     block's first steps fetch, and finish no row.
     """
-    across, vector = columns((kernel, kernel)), 8 // itemsize  # pairs in 16 bytes
+    across = gradient_columns((stride, stride)) if gradient else columns((kernel, kernel))
+    vector = 8 // itemsize  # pairs in 16 bytes
     best: tuple[tuple[float, int, int], DepthwiseTile] | None = None
     most = -(-width // across)
     for pairs in _PAIRS:
@@ -119,12 +146,15 @@ def choose(
                 used = pairs * strips * images
                 if used < _FEWEST_THREADS and images < batch and 2 * used <= _THREADS:
                     continue  # a block of one warp waits for its own loads
+                tile = DepthwiseTile(pairs, strips, images, max(1, height))
+                if shared_memory(tile, kernel, stride, itemsize, gradient) > limit:
+                    continue
                 threads = -(-used // 32) * 32
                 blocks = -(-channels // (2 * pairs)) * -(-most // strips) * -(-batch // images)
                 share = batch * channels * width / (blocks * threads * 2 * across)
                 key = (round(share, 3), min(pairs, 32), strips)
                 if best is None or key > best[0]:
-                    best = key, DepthwiseTile(pairs, strips, images, max(1, height))
+                    best = key, tile
     assert best is not None
     tile = best[1]
     used = tile.pairs * tile.strips * tile.images
@@ -144,12 +174,17 @@ def choose(
 
 def processors(tensor: Tensor) -> int:
     """Streaming multiprocessors of a tensor's device; an H100's for a CPU tensor."""
-    if tensor.device.type != "cuda":
-        return 132
-    return _processors(tensor.device.index)
+    return 132 if tensor.device.type != "cuda" else _device(tensor.device.index)[0]
+
+
+def shared_limit(tensor: Tensor) -> int:
+    """Bytes of shared memory that a block may have; an H100's for a CPU tensor."""
+    return 227 * 1024 if tensor.device.type != "cuda" else _device(tensor.device.index)[1]
 
 
 @functools.cache
-def _processors(index: int) -> int:
-    count: int = torch.cuda.get_device_properties(index).multi_processor_count
-    return count
+def _device(index: int) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(index)
+    # Compute capability 12.0 has the least, 99 KB.
+    limit = getattr(properties, "shared_memory_per_block_optin", 99 * 1024)
+    return properties.multi_processor_count, limit

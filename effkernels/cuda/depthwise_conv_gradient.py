@@ -17,7 +17,7 @@ from .depthwise_conv import (
     stencil,
     tile_of,
 )
-from .depthwise_conv_config import columns, gradient_is_tuned, groups, processors
+from .depthwise_conv_config import gradient_columns, gradient_is_tuned, groups, processors
 
 _PLAIN = Gradient()
 _PROGRAMS = 8  # a processor's, that share the sums for the taps
@@ -161,10 +161,10 @@ def _run(
     kernel, stride, padding, dilation = geometry
     batch, channels = input.shape[:2]
     left, _, top, _ = padding
-    across = columns(kernel)
+    across = gradient_columns(stride)
     height = groups(top, input.shape[2], stride[0])
     width = groups(left, input.shape[3], stride[1])
-    tile = tile_of(input, height, width, kernel, stride)
+    tile = tile_of(input, height, width, kernel, stride, gradient=True)
     totals = partials = None
     programs = 1
     if sums:
