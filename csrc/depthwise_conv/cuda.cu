@@ -282,6 +282,7 @@ void run_gradient(const DepthwiseGradientCuda& args, GradientArguments a) {
   a.items = static_cast<int>(items);
   const int64_t programs = args.totals ? args.programs : items;
   a.items_each = static_cast<int>(ceil_div(items, programs));
+  require((programs - 1) * a.items_each < items, "more programs than have something to do");
   const int64_t threads = round_up(tile.pairs * tile.strips * tile.images, kWarp);
   require(programs * a.chunks < int64_t{1} << 31, "more blocks than a launch can have");
   launch(gradient_kernel<T, kKernel, kStride>, dim3(static_cast<unsigned>(programs * a.chunks)),

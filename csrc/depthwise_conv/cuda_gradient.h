@@ -52,6 +52,9 @@ int64_t gradient_shared(const DepthwiseTile& tile, const DepthwiseOperand& gradi
 
 constexpr int gradient_blocks(int size, int kernel, int stride) {  // that registers are to allow
   if (size == 4) return kernel == 3 ? 5 - stride : 2;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  if (kernel == 5) return 2;  // shared memory has no room for a third
+#endif
   return kernel == 3 ? 4 : 3;
 }
 
@@ -65,7 +68,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, gradient_blocks(sizeof(T), 
   using In = RowPart<T, (kColumns * kStride + kPairs<T> - 1) / kPairs<T>>;
   const DepthwiseTile& tile = a.tile;
   const int first_channel = static_cast<int>(blockIdx.x) % a.chunks * 2 * tile.pairs;
-  const int program = static_cast<int>(blockIdx.x) / a.chunks;
+  int number = static_cast<int>(blockIdx.x) / a.chunks * a.items_each;  // of the item
 
   const int up_columns = tile.strips * kColumns + kReach - 1;
   const int in_columns = tile.strips * kColumns * kStride;
@@ -94,9 +97,8 @@ __global__ void __launch_bounds__(kDepthwiseThreads, gradient_blocks(sizeof(T), 
   const int a_end = (a.top + a.height + kStride - 1) / kStride;
 
 #pragma unroll 1
-  for (int index = 0; index < a.items_each; index++) {
-    int item = program * a.items_each + index;
-    if (item >= a.items) break;
+  while (true) {
+    int item = number;
     const int column_block = item % a.column_blocks;
     item /= a.column_blocks;
     const int row_block = item % a.row_blocks;
@@ -151,7 +153,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, gradient_blocks(sizeof(T), 
       // Where the thread's columns begin.
       words = load_words(kept(kOwn));
       words.word[2] = there ? up_slot + place.strip * kColumns * step : 0;
-      words.word[3] = there ? in_slot + place.strip * kColumns * kStride * step : 0;
+      words.word[3] = there ? in_slot + place.strip * kColumns * kStride * step : ~0u;  // no place
       store_words(kept(kOwn), words);
       if (there && place.strip == 0) {
 #pragma unroll 1
@@ -267,9 +269,8 @@ __global__ void __launch_bounds__(kDepthwiseThreads, gradient_blocks(sizeof(T), 
       fetch(group + kUpstreamAhead, after);
       if (a.output != nullptr && group > begin) store(group - 1);
       if (group + 1 >= start && group + 1 < end) apply(group + 1, next);
-      const bool there = static_cast<int>(threadIdx.x) < tile.pairs * tile.strips * tile.images;
-      if (group >= begin && there) {
-        const Words own = load_words(kept(kOwn));
+      const Words own = load_words(kept(kOwn));
+      if (group >= begin && static_cast<int>(own.word[3]) >= 0) {
         const int up_start = static_cast<int>(own.word[2]),
                   in_start = static_cast<int>(own.word[3]);
 #pragma unroll
@@ -326,6 +327,8 @@ __global__ void __launch_bounds__(kDepthwiseThreads, gradient_blocks(sizeof(T), 
     }
     __syncthreads();
     if (a.output != nullptr && end > begin) store(end - 1);
+    number++;
+    if (number == a.items || number % a.items_each == 0) break;
   }
 
   if (a.partials == nullptr) return;
@@ -348,7 +351,8 @@ __global__ void __launch_bounds__(kDepthwiseThreads, gradient_blocks(sizeof(T), 
       const float2 other = load2(all + 2 * (tap * threads + s * tile.pairs + pair));
       total = {total.x + other.x, total.y + other.y};
     }
-    float* to = a.partials + (int64_t{program} * (kTaps + 1) + tap) * a.channels + channel;
+    float* to = a.partials +
+                (int64_t{(number - 1) / a.items_each} * (kTaps + 1) + tap) * a.channels + channel;
     if (channel < a.channels) to[0] = total.x;
     if (channel + 1 < a.channels) to[1] = total.y;
   }
