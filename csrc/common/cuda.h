@@ -251,7 +251,9 @@ __device__ inline void store2(T* to, float2 values) {
 
 __device__ inline float exp_fast(float x) {  // one multiply and one trip to the special unit
 #if defined(__CUDACC__)
-  return __expf(x);
+  float result;  // without the four instructions that would keep denormal results
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.4426950408889634f));
+  return result;
 #else
   return std::exp(x);
 #endif
@@ -259,7 +261,9 @@ __device__ inline float exp_fast(float x) {  // one multiply and one trip to the
 
 __device__ inline float divide_fast(float x, float y) {  // 0 for |y| > 2^126
 #if defined(__CUDACC__)
-  return __fdividef(x, y);
+  float result;
+  asm("div.approx.ftz.f32 %0, %1, %2;" : "=f"(result) : "f"(x), "f"(y));
+  return result;
 #else
   return x / y;
 #endif
@@ -424,6 +428,19 @@ __device__ inline void copy_async(void* shared, const void* global, bool inside)
                : "memory");
 #else
   emulation::copy_async(shared, global, 16, inside);
+#endif
+}
+
+// The same without a branch around it: nothing happens unless `asked`.
+__device__ inline void copy_async_if(bool asked, void* shared, const void* global, bool inside) {
+#if defined(__CUDACC__)
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %3, 0;\n"
+      "@p cp.async.cg.shared.global [%0], [%1], 16, %2;}" ::"r"(shared_address(shared)),
+      "l"(global), "r"(inside ? 16 : 0), "r"(static_cast<int>(asked))
+      : "memory");
+#else
+  if (asked) emulation::copy_async(shared, global, 16, inside);
 #endif
 }
 

@@ -43,7 +43,7 @@
 
 #include "common/cuda.h"
 #include "common/cuda_product.h"
-#include "common/rows.h"
+#include "common/cuda_rows.h"
 #include "mbconv/cuda.h"
 
 namespace effkernels {

@@ -11,14 +11,14 @@
 // bfloat16: 154 MB) on an H100 at 3.0 TB/s: 0.15 and 0.21 ms. MBConv does without all of that: its
 // depthwise convolution gives the partial sums, and its projection multiplies with the gate.
 //
-// A thread has one 16-byte vector of channels in every row it sees (common/rows.h) and 4 loads
+// A thread has one 16-byte vector of channels in every row it sees (common/cuda_rows.h) and 4 loads
 // under way: at 32 warps 64 KB a processor, where 3.0 TB/s at 600 ns need 14. As compiled for
 // sm_90, bfloat16: sums 48 and 56 registers, product 64. No GPU has run this.
 //
 // promise: pool_kernel<.*> threads 256, shared 16384, warps 32, loads 16
 // promise: scale_kernel<.*> threads 256, shared 0, warps 32, loads 16, stores 16
 #include "common/cuda.h"
-#include "common/rows.h"
+#include "common/cuda_rows.h"
 #include "squeeze_excite/cuda.h"
 #include "squeeze_excite/cuda_gate.h"
 #include "squeeze_excite/cuda_gate_gradient.h"

@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-#include "common/rows.h"
+#include "common/cuda_rows.h"
 #include "common/types.h"
 
 namespace effkernels {

@@ -27,7 +27,7 @@
 #pragma once
 
 #include "common/cuda.h"
-#include "common/rows.h"
+#include "common/cuda_rows.h"
 
 namespace effkernels {
 namespace {

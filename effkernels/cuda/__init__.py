@@ -22,6 +22,7 @@ from ..build_info import read_build_info, why_not_built
 # ops -> the file here that has them; without gradient kernels: in _WITHOUT_BACKWARD
 OPS = {
     "batch_norm_act": "batch_norm_act",
+    "depthwise_conv": "depthwise_conv",
     "mbconv": "mbconv",
     "pointwise_conv": "pointwise_conv",
     "silu": "silu",
