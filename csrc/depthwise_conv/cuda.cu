@@ -56,6 +56,8 @@
 // - Four sums instead of 7 columns: 31 instead of 28.7 instructions an output for the window.
 // - exp and division with denormal results kept: 12 instead of 6 instructions for a SiLU.
 //
+// The tiles that the promises' shared memory is of are those of depthwise_conv_config.py.
+//
 // Not done: small tails (a 5x5 that makes 8 columns has 14), float32 has fewer warps than others,
 // 7x7 has no kernel for its weights' gradient but the general one. No GPU has run this.
 //

@@ -276,6 +276,7 @@ def depthwise_conv_backward(
     if not any(needed[1:4]):
         results[0] = input_gradient(upstream, taps, *geometry, input.shape[2:], gradient, scale)
         return tuple(results)
+    for_bias: Tensor | None
     if needed[0]:
         results[0], for_taps, for_bias = both_gradients(
             upstream, gradient, input, _PLAIN, taps, *geometry, scale
