@@ -203,7 +203,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 3 : 2)
   const int64_t first =
       static_cast<int64_t>(blockIdx.x / tiles.chunks) * (args.steps * kRows * tiles.lanes);
   const int left = least(args.rows - first - lane.row, args.steps * kRows * tiles.lanes);
-  int64_t at = (first + lane.row) * tiles.channels + lane.c;
+  const int64_t base = first * tiles.channels;  // the same for all threads, as registers are few
+  int at = lane.row * tiles.channels + lane.c;
   const int stride = tiles.lanes * tiles.channels;
 
   Words upstream[kRows], words[kRows], added[kRows];
@@ -212,10 +213,11 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 3 : 2)
 #pragma unroll
       for (int u = 0; u < kRows; u++) {
         const int count = done + u * tiles.lanes < left ? lane.count : 0;
-        upstream[u] = load_first(args.upstream + at + u * stride, count, aligned);
-        words[u] = load_first(args.input + at + u * stride, args.reads_input ? count : 0, aligned);
-        added[u] =
-            load_first(args.residual + at + u * stride, args.reads_residual ? count : 0, aligned);
+        upstream[u] = load_first(args.upstream + base + at + u * stride, count, aligned);
+        words[u] =
+            load_first(args.input + base + at + u * stride, args.reads_input ? count : 0, aligned);
+        added[u] = load_first(args.residual + base + at + u * stride,
+                              args.reads_residual ? count : 0, aligned);
       }
     });
   };
@@ -258,10 +260,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 3 : 2)
       for (int u = 0; u < kRows; u++) {
         const int count = done + u * tiles.lanes < left ? lane.count : 0;
         if (args.residual_gradient) {
-          store_first(args.residual_gradient + at + u * stride, count, aligned, upstream[u]);
+          store_first(args.residual_gradient + base + at + u * stride, count, aligned, upstream[u]);
         }
         if (args.input_gradient) {
-          store_first(args.input_gradient + at + u * stride, count, aligned, words[u]);
+          store_first(args.input_gradient + base + at + u * stride, count, aligned, words[u]);
         }
       }
     });

@@ -249,11 +249,12 @@ __device__ inline void store2(T* to, float2 values) {
 
 // ---- Arithmetic
 
+// With -ftz=true, as the library is compiled, these leave out the instructions that would keep
+// denormal results: a SiLU is 6 instead of about 12. (As asm they bound the compiler's hands, and
+// one kernel spilled.)
 __device__ inline float exp_fast(float x) {  // one multiply and one trip to the special unit
 #if defined(__CUDACC__)
-  float result;  // without the four instructions that would keep denormal results
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.4426950408889634f));
-  return result;
+  return __expf(x);
 #else
   return std::exp(x);
 #endif
@@ -261,9 +262,7 @@ __device__ inline float exp_fast(float x) {  // one multiply and one trip to the
 
 __device__ inline float divide_fast(float x, float y) {  // 0 for |y| > 2^126
 #if defined(__CUDACC__)
-  float result;
-  asm("div.approx.ftz.f32 %0, %1, %2;" : "=f"(result) : "f"(x), "f"(y));
-  return result;
+  return __fdividef(x, y);
 #else
   return x / y;
 #endif

@@ -18,8 +18,8 @@ from torch import Tensor
 from ..cache import cached
 from ..layout import empty_nhwc, nhwc, output_size
 from ..native import activation_codes
-from . import OPS, device_limits, squeeze_excite
 from . import can_run as device_can_run
+from . import device_limits, squeeze_excite
 from .mbconv_config import KERNELS, STRIDES, FusedConfig, FusedProblem, choose, pays
 from .pointwise_conv import float32, product
 
@@ -31,15 +31,10 @@ def can_run(*arguments: Any) -> str | None:
     reason = device_can_run(*arguments)
     if reason is not None or len(arguments) == 1:
         return reason
-    input, expand_weight, depthwise_weight = arguments[0], arguments[1], arguments[4]
+    input = arguments[0]
     if arguments[7] is not None:
         reason = squeeze_excite.can_run(input, *arguments[7:11], *arguments[19:21])
-    if reason is not None or "depthwise_conv" in OPS:
-        return reason
-    if expand_weight is None:
-        return "there is no depthwise_conv in CUDA C++"
-    found = fused_config(input, expand_weight, depthwise_weight, *arguments[14:17])
-    return found if isinstance(found, str) else None
+    return reason
 
 
 def fused_config(
@@ -174,7 +169,7 @@ def _config_that_pays(
     if isinstance(config, str):
         return None
     problem = _problem(input, expand_weight, depthwise_weight.shape[2], stride, padding)
-    return config if "depthwise_conv" not in OPS or pays(problem, config) else None
+    return config if pays(problem, config) else None
 
 
 class ExpandedDepthwise(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import effkernels as ek
 from benchmarks.shapes import read_layers
 from effkernels import cuda, ops
 from effkernels.cuda import mbconv, mbconv_config
@@ -124,8 +122,6 @@ CHAINS = (
 
 @pytest.mark.parametrize("case", CHAINS, ids=str)
 def test_chain_matches_reference(monkeypatch, device, case):
-    if "depthwise_conv" not in cuda.OPS:
-        pytest.skip("there is no depthwise_conv in CUDA C++")
     monkeypatch.setattr(mbconv, "pays", lambda *_: False)
     assert_block_parity(case, device)
 
@@ -213,28 +209,41 @@ def test_gradients_are_the_references(device):
     ],
     ids=str,
 )
-def test_says_what_it_cannot_run(monkeypatch, device, kernel, geometry, words):
-    monkeypatch.delitem(cuda.OPS, "depthwise_conv", raising=False)  # which runs what is not fused
+def test_what_cannot_be_fused_is_a_chain(device, kernel, geometry, words):
+    draw = Draw(3)
     parameters = MBConvParameters(
-        torch.ones(24, 1, *kernel, device=device),
-        torch.ones(8, 24, device=device),
-        torch.ones(24, 8, device=device),
+        draw.weight(24, 1, *kernel).to(device),
+        draw.weight(8, 24).to(device),
+        draw.weight(24, 8).to(device),
     )
-    with pytest.raises(ek.BackendUnavailable, match=re.escape(words)):
-        ops.mbconv(torch.ones(1, 8, 9, 9, device=device), parameters, geometry)
+    input = draw.activations(1, 8, (9, 10)).to(device)
+    assert words in not_fused(input, parameters, geometry)
+    assert_matches(ops.mbconv, input, parameters, geometry=geometry)
 
 
-def test_says_that_shared_memory_is_too_small(monkeypatch, device):
-    monkeypatch.delitem(cuda.OPS, "depthwise_conv", raising=False)
+def not_fused(input: Tensor, parameters: MBConvParameters, geometry: MBConvGeometry) -> str:
+    """Why the fused kernel is not for this block."""
+    assert parameters.expand_weight is not None
+    found = mbconv.fused_config(
+        input,
+        parameters.expand_weight,
+        parameters.depthwise_weight,
+        list(both(geometry.stride)),
+        [1, 1, 1, 1],
+        list(both(geometry.dilation)),
+    )
+    assert isinstance(found, str)
+    return found
+
+
+def test_shared_memory_may_be_too_small_to_fuse(device):
     parameters = MBConvParameters(
         torch.ones(24, 1, 5, 5, device=device),
         torch.ones(8, 24, device=device),
         torch.ones(24, 4000, device=device),
     )
-    with pytest.raises(
-        ek.BackendUnavailable, match="a tile of 4000 channels does not fit into the"
-    ):
-        ops.mbconv(torch.ones(1, 4000, 9, 9, device=device), parameters)
+    reason = not_fused(torch.ones(1, 4000, 9, 9, device=device), parameters, MBConvGeometry())
+    assert "a tile of 4000 channels does not fit into the" in reason
 
 
 @pytest.mark.parametrize("case", TILED, ids=str)
