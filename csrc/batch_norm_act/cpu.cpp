@@ -14,7 +14,8 @@
 // upstream and input twice and the gradient once; sums by blocks of pixels, joined in double in a
 // fixed order.
 //
-// Ladder, the gradients of B0's 49 BatchNorms with SiLU in training, batch 16, two threads, one run:
+// Ladder, the gradients of B0's 49 BatchNorms with SiLU in training, batch 16, two threads, one
+// run:
 //   PyTorch's formula op by op                                                  3.3 s
 //   these two passes, 128 rows of four vectors of channels at a time           0.73 s
 #include "batch_norm_act/batch_norm_act.h"

@@ -14,9 +14,9 @@
 // 3.0 TB/s: 0.41, 0.62 and 1.03 ms. The statistics are needed before anything can be written, so
 // that the input is read twice unless the L2 (50 MB) still has it.
 //
-// The idea: a thread has one 16-byte vector of channels in every row it sees (common/cuda_rows.h), so
-// that per-channel values are loaded once and sums stay in registers; nothing of the forward pass
-// is kept but mean and var. No GPU has run this.
+// The idea: a thread has one 16-byte vector of channels in every row it sees (common/cuda_rows.h),
+// so that per-channel values are loaded once and sums stay in registers; nothing of the forward
+// pass is kept but mean and var. No GPU has run this.
 #include "batch_norm_act/cuda.h"
 #include "batch_norm_act/cuda_apply.h"
 #include "batch_norm_act/cuda_gradient.h"

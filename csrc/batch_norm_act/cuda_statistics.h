@@ -9,8 +9,8 @@
 // Blocks, 3 a processor: 24 warps with 4 loads each have 48 KB under way, where 3.0 TB/s at 600 ns
 // need 14. Lanes of a block are merged about their mean, which is found twice, the second time from
 // distances that rounding takes nothing of: with the first alone, or by merging lane after lane,
-// weight gradients had up to 16 times PyTorch's error. Blocks are merged about the first one's mean.
-// As compiled: 57 to 80 registers.
+// weight gradients had up to 16 times PyTorch's error. Blocks are merged about the first one's
+// mean. As compiled: 57 to 80 registers.
 //
 // Tried: all 8 channels of a vector at a time instead of 4 and 4: spills at 80 registers on
 // sm_100. A predicate for each row of a step instead of a loop for the last rows: spills as well.

@@ -218,7 +218,11 @@ MISTAKES = {
         "const int count = row + u * tiles.lanes < rows ? lane.count : 0;",
         "const int count = lane.count;",
     ),
-    "a chunk's neighbour": ("common/rows.h", "row >= tiles.lanes || left < 0 ? 0", "left < 0 ? 0"),
+    "a chunk's neighbour": (
+        "common/cuda_rows.h",
+        "row >= tiles.lanes || left < 0 ? 0",
+        "left < 0 ? 0",
+    ),
 }
 
 

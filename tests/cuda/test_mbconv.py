@@ -25,6 +25,7 @@ from tests.ops._cases import (
     Draw,
     assert_memory_kept,
     assert_parity,
+    both,
     geometry_size,
     gradient_function,
     pairwise,
