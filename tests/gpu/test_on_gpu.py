@@ -1,6 +1,7 @@
 """What only a GPU can show: graphs, streams, autocast, compiled training, very large tensors.
 
-Everything else about the GPU kernels is in tests/triton, which runs on the GPU where there is one.
+Everything else about the GPU kernels is in tests/triton and tests/cuda, which run on the GPU where
+there is one.
 """
 
 from __future__ import annotations
@@ -13,16 +14,23 @@ import torchvision
 from torch import Tensor, nn
 
 import effkernels as ek
-from effkernels import ops
+from effkernels import cuda, ops
 from effkernels.testing import relative_error
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 
 @pytest.fixture(autouse=True)
-def _on_triton() -> Iterator[None]:
-    with ek.use_backend("triton"):
-        yield
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What every op of a test runs on: Triton, if the test does not ask for another backend."""
+    name = getattr(request, "param", "triton")
+    if name == "native" and (reason := cuda.load_error()) is not None:
+        pytest.skip(reason)
+    with ek.use_backend(name):
+        yield name
+
+
+either = pytest.mark.parametrize("backend", ["triton", "native"], indirect=True)
 
 
 @pytest.fixture
@@ -121,6 +129,17 @@ def test_compiled_training_step_is_whole():
         assert relative_error(gradient, parameter.grad) < 1e-2
 
 
+@either
+def test_graph_of_an_op():
+    input = torch.randn(2, 16, 28, 28, device="cuda").to(memory_format=torch.channels_last)
+    taps = torch.randn(16, 1, 5, 5, device="cuda")
+    graph, output = capture(lambda: ops.depthwise_conv(input, taps, activation="silu"))
+    input.normal_()
+    graph.replay()
+    assert torch.equal(output, ops.depthwise_conv(input, taps, activation="silu"))
+
+
+@either
 def test_own_stream():
     input = torch.randn(2**22, device="cuda")
     stream = torch.cuda.Stream()
@@ -131,6 +150,7 @@ def test_own_stream():
     torch.testing.assert_close(output, nn.functional.silu(input))
 
 
+@either
 def test_second_gpu():
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
@@ -138,6 +158,7 @@ def test_second_gpu():
     torch.testing.assert_close(ops.silu(input), nn.functional.silu(input))
 
 
+@either
 @pytest.mark.parametrize("op", ["silu", "pointwise_conv", "depthwise_conv", "batch_norm_act"])
 def test_past_two_to_the_31_elements(op):
     """The last images of a tensor of more than 2³¹ elements come out like the first ones."""
