@@ -3,7 +3,7 @@
 //
 // Moves every tensor once and computes little, so all that counts is to keep memory busy: a thread
 // has 4 vectors of 16 bytes under way (2 of each tensor in the backward pass) before it works on
-// the first. An H100 needs about 40 KB a processor on the way at 3.0 TB/s and 600 ns; a block of
+// the first. An H100 needs about 14 KB a processor on the way at 3.0 TB/s and 600 ns; a block of
 // 256 threads has 16 KB, and by registers at least 4 blocks fit.
 // SiLU is two trips to the special function unit a value, 16 a clock and processor: in 2-byte types
 // 1.1 of the 1.3 ps a value that memory takes. No GPU has run this.
