@@ -8,7 +8,7 @@
 //
 // (the input gradient over those i and j where the division leaves no rest; t is what an operand
 // makes of the upstream gradient). NHWC, taps [k*k, C]. `operand` is a prologue: a BatchNorm's
-// affine and an activation, or the gradient of both (effkernels/triton/operands.py); it is zero
+// affine and an activation, or the gradient of both (effkernels/operands.py); it is zero
 // outside the image. Beside the output come sums over pixels for its spatial mean, and moments for
 // a BatchNorm. Sums have two stages in a fixed order; there are no atomics.
 //

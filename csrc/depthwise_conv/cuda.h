@@ -7,7 +7,7 @@
 namespace effkernels {
 
 // What a kernel makes of a tensor [count, height, width, channels] while it loads it; see
-// effkernels/triton/operands.py for the formulas. Null vectors leave their term out.
+// effkernels/operands.py for the formulas. Null vectors leave their term out.
 struct DepthwiseOperand {
   enum Kind { plain, forward, gradient } kind = plain;
   const void* z = nullptr;          // like the tensor, or null: only of a gradient

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..build_info import read_build_info, why_not_built
+from ..gpu import capability_error
 
 # ops -> the file here that has them; without gradient kernels: in _WITHOUT_BACKWARD
 _OPS = {
@@ -37,7 +38,6 @@ _WITHOUT_BACKWARD: frozenset[str] = frozenset({"mbconv", "pointwise_conv"})
 BEFORE_TRITON = frozenset({"depthwise_conv"})
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OLDEST_CAPABILITY = (8, 0)  # bfloat16 arithmetic, cp.async
 
 _emulating = False
 
@@ -61,14 +61,10 @@ def load_error() -> str | None:
 def device_error(index: int) -> str | None:
     """Why the kernels cannot run on this CUDA device, or None if they can."""
     properties = torch.cuda.get_device_properties(index)
-    if torch.version.hip is not None:
-        return f"{properties.name} is an AMD GPU; NVIDIA GPUs are supported"
+    error = capability_error(properties)
+    if error is not None:
+        return error
     capability = (properties.major, properties.minor)
-    if capability < OLDEST_CAPABILITY:
-        return (
-            f"{properties.name} has compute capability {capability[0]}.{capability[1]}, "
-            f"{OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]} or later is needed"
-        )
     info = read_build_info()
     built = info["modules"]["cuda"].get("architectures", []) if info else []
     if not any(runs_on(name, capability) for name in built):

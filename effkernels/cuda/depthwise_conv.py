@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..cache import cached
+from ..gpu import Convolved, float32_like, pack_taps
 from ..layout import empty_nhwc, nhwc, output_size
 from ..native import activation_codes
-from ..triton.operands import Forward, Gradient
+from ..operands import Forward, Gradient
 from . import can_run
 from .depthwise_conv_config import (
     DepthwiseTile,
@@ -26,23 +26,6 @@ __all__ = ["can_run", "depthwise_conv", "depthwise_conv_backward"]
 
 _PLAIN = Forward()
 _MOST_MOMENTS, _MOMENTS_GROUP = 512, 64  # csrc/depthwise_conv/cuda_sums.h
-
-
-class Convolved(NamedTuple):
-    """What :func:`convolve` gives."""
-
-    output: Tensor  # [N, C, H', W'] channels_last
-    mean: Tensor | None  # [N, C] float32: the spatial mean of the output
-    moments: tuple[Tensor, Tensor] | None  # [C] float32 each: mean and biased variance of it
-    partial_means: Tensor | None  # [N, blocks, C] float32: sums whose sum is that over pixels
-
-
-def pack_taps(weight: Tensor) -> Tensor:
-    """[C, 1, kh, kw] -> [kh · kw, C], dense: a view where memory is in that order already."""
-    view = weight.detach().flatten(1).t()
-    if view.is_contiguous() or weight.device.type == "meta":
-        return view.contiguous()
-    return cached("depthwise_taps", (weight,), view.contiguous)
 
 
 def convolve(
@@ -212,11 +195,6 @@ def operand_codes(operand: Forward | Gradient) -> list[int]:
 def floats(vector: Tensor | None) -> Tensor | None:
     """``vector`` as dense float32."""
     return None if vector is None else vector.detach().float().contiguous()
-
-
-def float32_like(like: Tensor, *shape: int) -> Tensor:
-    """An uninitialised float32 tensor of this shape beside ``like``."""
-    return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
 def depthwise_conv(

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..gpu import float32_like
 from ..layout import empty_nhwc, nhwc
-from ..triton.operands import Forward, Gradient
+from ..operands import Forward, Gradient
 from .depthwise_conv import (
-    float32_like,
     floats,
     operand_codes,
     operand_tensors,

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..cache import cached
+from ..gpu import pack_taps
 from ..layout import empty_nhwc, nhwc, output_size
 from ..native import activation_codes
 from . import can_run as device_can_run
@@ -252,11 +252,3 @@ def _problem(
         stride=stride[0],
         itemsize=input.element_size(),
     )
-
-
-def pack_taps(weight: Tensor) -> Tensor:
-    """[C, 1, kh, kw] -> [kh · kw, C], dense: a view where memory is in that order already."""
-    view = weight.detach().flatten(1).t()
-    if view.is_contiguous():
-        return view
-    return cached("depthwise_taps", (weight,), view.contiguous)

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..gpu import capability_error
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST_TRITON = (3, 5)
-OLDEST_CAPABILITY = (8, 0)  # bfloat16 arithmetic, cp.async
 LEAST_SHARED_MEMORY = 99 * 1024  # bytes a block; every GPU of these capabilities has it
 
 # Ops that live in another op's file.
@@ -49,14 +50,9 @@ def load_error() -> str | None:
 def device_error(index: int) -> str | None:
     """Why the kernels cannot run on this CUDA device, or None if they can."""
     properties = torch.cuda.get_device_properties(index)
-    if torch.version.hip is not None:
-        return f"{properties.name} is an AMD GPU; NVIDIA GPUs are supported"
-    capability = (properties.major, properties.minor)
-    if capability < OLDEST_CAPABILITY:
-        return (
-            f"{properties.name} has compute capability {capability[0]}.{capability[1]}, "
-            f"{OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]} or later is needed"
-        )
+    error = capability_error(properties)
+    if error is not None:
+        return error
     shared_memory = getattr(properties, "shared_memory_per_block_optin", LEAST_SHARED_MEMORY)
     if shared_memory < LEAST_SHARED_MEMORY:
         return (

@@ -32,6 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import empty_nhwc, nhwc
+from ..operands import Gradient
 from .batch_norm_act_config import small
 from .batch_norm_act_passes import (
     Normalization,
@@ -55,7 +56,6 @@ from .batch_norm_act_sums import (
 )
 from .language import activate, kernel, rounded, slope
 from .launch import launch
-from .operands import Gradient
 
 __all__ = [
     "GradientVectors",

@@ -27,10 +27,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import empty_nhwc
+from ..operands import Forward, Gradient
 from .batch_norm_act_config import PassConfig, PassProblem, pass_candidates, pass_heuristic
 from .language import activate, forward_operand, kernel, rounded, slope
 from .launch import device_of, launch, vector_width
-from .operands import Forward, Gradient
 from .tune import choose
 
 

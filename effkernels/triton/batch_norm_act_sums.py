@@ -29,12 +29,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..operands import Gradient
 from . import reduce
 from .batch_norm_act_config import SumConfig, SumProblem, sum_candidates, sum_heuristic
 from .batch_norm_act_passes import Normalization, normalization_scale, vector_of
 from .language import kernel, slope
 from .launch import device_of, launch, vector_width
-from .operands import Gradient
 from .tune import choose
 
 

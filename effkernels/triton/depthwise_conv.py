@@ -51,39 +51,21 @@ Tried and lost, by the compiler's output (no GPU has run this):
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 import triton
 from torch import Tensor
 
-from ..cache import cached
+from ..gpu import Convolved, float32_like, pack_taps
 from ..layout import empty_nhwc, nhwc, output_size
+from ..operands import Forward, Gradient
 from . import reduce
 from .depthwise_conv_config import DepthwiseConfig, DepthwiseProblem, candidates, heuristic
 from .depthwise_conv_kernel import convolve_kernel
 from .launch import device_of, launch, vector_width
-from .operands import Forward, Gradient
 from .tune import choose
 
 _PLAIN = Forward()
-
-
-class Convolved(NamedTuple):
-    """What :func:`convolve` gives."""
-
-    output: Tensor  # [N, C, H', W'] channels_last
-    mean: Tensor | None  # [N, C] float32: the spatial mean of the output
-    moments: tuple[Tensor, Tensor] | None  # [C] float32 each: mean and biased variance of it
-    partial_means: Tensor | None  # [N, blocks, C] float32: sums whose sum is that over pixels
-
-
-def pack_taps(weight: Tensor) -> Tensor:
-    """[C, 1, kh, kw] -> [kh · kw, C], dense: a view where memory is in that order already."""
-    view = weight.detach().flatten(1).t()
-    if view.is_contiguous() or weight.device.type == "meta":
-        return view.contiguous()
-    return cached("depthwise_taps", (weight,), view.contiguous)
 
 
 def convolve(
@@ -264,11 +246,6 @@ def stencil(
 
 def _dense(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.contiguous()
-
-
-def float32_like(like: Tensor, *shape: int) -> Tensor:
-    """An uninitialised float32 tensor of this shape beside ``like``."""
-    return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
 def depthwise_conv(

@@ -34,9 +34,11 @@ from typing import Any
 import triton
 from torch import Tensor
 
+from ..gpu import float32_like
 from ..layout import empty_nhwc, nhwc
+from ..operands import Forward, Gradient
 from . import reduce
-from .depthwise_conv import float32_like, stencil
+from .depthwise_conv import stencil
 from .depthwise_conv_config import DepthwiseConfig, DepthwiseProblem, candidates, heuristic
 from .depthwise_conv_gradient_kernels import (
     general_weight_gradient_kernel,
@@ -44,7 +46,6 @@ from .depthwise_conv_gradient_kernels import (
     weight_gradient_kernel,
 )
 from .launch import device_of, launch, vector_width
-from .operands import Forward, Gradient
 from .tune import choose
 
 _PLAIN = Gradient()

@@ -20,15 +20,15 @@ from typing import Any
 
 from torch import Tensor
 
+from ..gpu import pack_taps
 from ..layout import nhwc, output_size
+from ..operands import Forward
 from . import depthwise_conv as depthwise
 from . import pointwise_conv as pointwise
 from . import squeeze_excite as excite
-from .depthwise_conv import pack_taps
 from .expand_depthwise import expand_depthwise
 from .launch import device_of, product_precision
 from .mbconv_config import CHAIN, BlockProblem, FusedConfig, candidates, heuristic
-from .operands import Forward
 from .tune import choose
 
 

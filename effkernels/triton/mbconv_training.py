@@ -28,16 +28,16 @@ from typing import Any
 
 from torch import Tensor
 
+from ..gpu import pack_taps
 from ..layout import nhwc
+from ..operands import Forward, Gradient
 from . import depthwise_conv as depthwise
 from . import depthwise_conv_gradient as depthwise_gradient
 from . import pointwise_conv as pointwise
 from . import squeeze_excite as excite
 from .batch_norm_act_passes import Normalization, apply
 from .batch_norm_act_sums import affine, gradient_affine, gradient_sums
-from .depthwise_conv import pack_taps
 from .image_sums import gated, image_sums
-from .operands import Forward, Gradient
 from .reduce import totals
 
 

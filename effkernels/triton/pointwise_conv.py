@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from ..layout import nhwc
-from .operands import Forward, Gradient
+from ..operands import Forward, Gradient
 from .pointwise_conv_product import Product, product
 from .pointwise_conv_weight import materialize, weight_gradient
 

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..operands import Forward, Gradient
 from .language import forward_operand, gradient_operand
-from .operands import Forward, Gradient
 
 _MOST_IMAGES = 4  # of a tile; beyond that vectors cost more than a gather
 

@@ -27,10 +27,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..operands import Forward, Gradient
 from . import reduce
 from .language import dot, kernel, rounded, row_offsets
 from .launch import device_of, is_wide, launch, product_precision, vector_width
-from .operands import Forward, Gradient
 from .pointwise_conv_config import (
     WeightConfig,
     WeightProblem,

@@ -24,12 +24,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import nhwc
+from ..operands import Forward, Gradient
 from . import reduce
 from .batch_norm_act_config import SumConfig, SumProblem
 from .batch_norm_act_passes import apply, differentiate, vector_of
 from .language import forward_operand, kernel
 from .launch import device_of, launch, vector_width
-from .operands import Forward, Gradient
 from .squeeze_excite_config import pool_candidates, pool_heuristic
 from .squeeze_excite_gate import gate
 from .squeeze_excite_gate_backward import GateGradients, gate_backward

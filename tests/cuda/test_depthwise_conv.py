@@ -14,10 +14,10 @@ from effkernels import ops
 from effkernels.cuda import depthwise_conv
 from effkernels.cuda import depthwise_conv_gradient as gradients
 from effkernels.cuda.depthwise_conv_config import DepthwiseTile
+from effkernels.operands import Forward, Gradient
 from effkernels.ops import ACTIVATIONS
 from effkernels.ops._common import apply_activation
 from effkernels.testing import assert_close_to, assert_matches
-from effkernels.triton.operands import Forward, Gradient
 from tests.cuda.emulated import with_mistake
 from tests.ops._cases import (
     Arguments,

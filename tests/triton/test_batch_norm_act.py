@@ -11,6 +11,7 @@ from torch import Tensor
 
 from benchmarks.shapes import NETWORKS, read_layers
 from effkernels import ops
+from effkernels.operands import Forward, Gradient
 from effkernels.ops import ACTIVATIONS
 from effkernels.ops._common import apply_activation
 from effkernels.testing import assert_close_to, assert_matches, relative_error
@@ -20,7 +21,6 @@ from effkernels.triton.batch_norm_act import Normalization
 from effkernels.triton.batch_norm_act_config import PassConfig, SumConfig
 from effkernels.triton.language import kernel
 from effkernels.triton.launch import launch
-from effkernels.triton.operands import Forward, Gradient
 from effkernels.triton.promises import Promise
 from tests.ops._cases import (
     Arguments,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import effkernels as ek
 from effkernels import ops, triton
+from effkernels.operands import Forward, Gradient
 from effkernels.ops import ACTIVATIONS
 from effkernels.ops._common import apply_activation
 from effkernels.testing import assert_close_to, assert_matches
@@ -24,7 +25,6 @@ from effkernels.triton import (
     depthwise_conv_config,
 )
 from effkernels.triton import depthwise_conv_gradient as gradients
-from effkernels.triton.operands import Forward, Gradient
 from tests.ops._cases import (
     Arguments,
     Case,

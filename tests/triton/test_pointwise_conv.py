@@ -20,13 +20,13 @@ from torch import Tensor
 
 from effkernels import ops
 from effkernels.dispatch import requested
+from effkernels.operands import Forward, Gradient
 from effkernels.ops import ACTIVATIONS
 from effkernels.ops._common import apply_activation
 from effkernels.testing import assert_close_to
 from effkernels.triton import DTYPES, interpreted, pointwise_conv_product, pointwise_conv_weight
 from effkernels.triton.language import dot, kernel
 from effkernels.triton.launch import H100, launch
-from effkernels.triton.operands import Forward, Gradient
 from effkernels.triton.pointwise_conv import Product, product, weight_gradient
 from effkernels.triton.pointwise_conv_config import (
     ProductConfig,

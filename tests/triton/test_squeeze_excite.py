@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from effkernels import ops
+from effkernels.operands import Forward
 from effkernels.ops import ACTIVATIONS
 from effkernels.testing import assert_close_to, assert_matches
 from effkernels.triton import DTYPES, batch_norm_act_passes, interpreted, squeeze_excite_gate
@@ -18,7 +19,6 @@ from effkernels.triton import squeeze_excite_gate_backward as backward
 from effkernels.triton.batch_norm_act_config import PassConfig, SumConfig
 from effkernels.triton.language import kernel
 from effkernels.triton.launch import launch
-from effkernels.triton.operands import Forward
 from effkernels.triton.promises import Promise
 from effkernels.triton.squeeze_excite_config import GateBackwardConfig, GateConfig
 from tests.ops._cases import (
