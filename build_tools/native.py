@@ -250,8 +250,9 @@ def build_cuda(
 ) -> dict[str, Any]:
     """Compiles and links the CUDA library, as :func:`build_cpu` does the CPU's.
 
-    The CUDA runtime is linked in, and finds the driver when a kernel is first used: the library
-    loads on machines without either.
+    Its CUDA runtime is torch's, needed by name and already loaded by whoever imported torch, so
+    that both agree on the current device. The driver is looked for when a kernel is first used: the
+    library loads on machines without a GPU.
     """
     reason = why_no_cuda(torch, torch_missing, root)
     if reason is not None:
@@ -280,7 +281,7 @@ def build_cuda(
     common = (*COMMON_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")))
     tail = [
         *(f"-L{directory}" for directory in nvcc_libraries(nvcc)),
-        *("-lcudart_static", "-ldl", "-lrt", "-lpthread", "-ltorch_cpu", "-ltorch_cuda"),
+        *("-lcudart", "-ltorch_cpu", "-ltorch_cuda"),
         "-Wl,-z,defs",
     ]
     make(output, units, common, compiler, torch, root, work_dir or root / "build" / "cuda", tail)

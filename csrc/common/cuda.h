@@ -472,19 +472,7 @@ __device__ inline void load_matrices(uint32_t (&fragment)[4], const void* row) {
                : "r"(shared_address(row))
                : "memory");
 #else
-  emulation::load_matrices(fragment, row, false);
-#endif
-}
-
-// The same, each matrix transposed.
-__device__ inline void load_matrices_transposed(uint32_t (&fragment)[4], const void* row) {
-#if defined(__CUDACC__)
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
-               : "r"(shared_address(row))
-               : "memory");
-#else
-  emulation::load_matrices(fragment, row, true);
+  emulation::load_matrices(fragment, row);
 #endif
 }
 
@@ -599,22 +587,6 @@ inline const DeviceProperties& device_properties() {
   return known[device % kDevices];
 }
 
-// Blocks of this kernel that one processor holds at a time.
-template <class... Parameters>
-int resident_blocks(void (*kernel)(Parameters...), int threads, int64_t shared) {
-  const void* address = reinterpret_cast<const void*>(kernel);
-  if (shared > 48 * 1024) {
-    check(cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared)),
-          "cudaFuncSetAttribute");
-  }
-  int blocks = 0;
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, address, threads,
-                                                      static_cast<size_t>(shared)),
-        "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
-  return blocks;
-}
-
 // Runs `kernel` with `shared` bytes of shared memory a block. Throws what CUDA says of it; nothing
 // happens for an empty grid.
 template <class... Parameters, class... Arguments>
@@ -642,11 +614,6 @@ inline const DeviceProperties& device_properties() {
   const emulation::Device& device = emulation::device();
   properties = {device.capability, device.processors, device.shared_memory, device.l2};
   return properties;
-}
-
-template <class... Parameters>
-int resident_blocks(void (*)(Parameters...), int threads, int64_t shared) {
-  return emulation::resident_blocks(threads, shared);
 }
 
 template <class... Parameters, class... Arguments>

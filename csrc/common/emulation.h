@@ -23,12 +23,6 @@
 struct __attribute__((aligned(8), may_alias)) float2 {
   float x, y;
 };
-struct __attribute__((aligned(16), may_alias)) float4 {
-  float x, y, z, w;
-};
-struct __attribute__((aligned(8), may_alias)) uint2 {
-  unsigned x, y;
-};
 struct __attribute__((aligned(16), may_alias)) uint4 {
   unsigned x, y, z, w;
 };
@@ -67,7 +61,6 @@ struct Options {
 Options& options();
 
 void launch(dim3 grid, int threads, int64_t shared, const std::function<void()>& kernel);
-int resident_blocks(int threads, int64_t shared);
 
 unsigned char* shared_memory();
 void block_barrier(Place place);
@@ -80,7 +73,7 @@ void copy_async(void* shared, const void* global, size_t size, bool inside);
 void commit_copies();
 void wait_copies(int pending);
 
-void load_matrices(uint32_t (&fragment)[4], const void* row, bool transposed);
+void load_matrices(uint32_t (&fragment)[4], const void* row);
 void multiply_add(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                   void (*unpack)(uint32_t packed, float* pair));
 void multiply_add_tf32(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
@@ -127,17 +120,4 @@ T __shfl_sync(unsigned mask, T value, int from, const char* file = __builtin_FIL
   return effkernels::emulation::shuffle({file, line}, mask, value, from);
 }
 
-template <class T>
-T __shfl_down_sync(unsigned mask, T value, int distance, const char* file = __builtin_FILE(),
-                   int line = __builtin_LINE()) {
-  const int lane = effkernels::emulation::lane();
-  return effkernels::emulation::shuffle({file, line}, mask, value,
-                                        lane + distance < 32 ? lane + distance : lane);
-}
-
 inline float rsqrtf(float x) { return 1.0f / __builtin_sqrtf(x); }
-
-template <class T>
-T __ldg(const T* pointer) {
-  return *pointer;
-}

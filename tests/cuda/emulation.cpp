@@ -407,11 +407,6 @@ void launch(dim3 grid, int threads, int64_t shared, const std::function<void()>&
   }
 }
 
-int resident_blocks(int threads, int64_t shared) {
-  const int64_t by_shared = (current_device.shared_memory + 1024) / (shared + 1024);
-  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(by_shared, 2048 / threads)));
-}
-
 unsigned char* shared_memory() { return block.shared_begin; }
 
 int lane() { return block.running % kLanes; }
@@ -473,7 +468,7 @@ void wait_copies(int pending) {
   }
 }
 
-void load_matrices(uint32_t (&fragment)[4], const void* row, bool transposed) {
+void load_matrices(uint32_t (&fragment)[4], const void* row) {
   struct Row {
     uint16_t values[8];
   };
@@ -484,9 +479,8 @@ void load_matrices(uint32_t (&fragment)[4], const void* row, bool transposed) {
   warp_exchange({__FILE__, __LINE__}, &mine, sizeof mine, all);
   const int self = lane();
   for (int m = 0; m < 4; m++) {
-    const int i = self / 4, j = self % 4 * 2;
-    const uint16_t low = transposed ? all[8 * m + j].values[i] : all[8 * m + i].values[j];
-    const uint16_t high = transposed ? all[8 * m + j + 1].values[i] : all[8 * m + i].values[j + 1];
+    const Row& values = all[8 * m + self / 4];
+    const uint16_t low = values.values[self % 4 * 2], high = values.values[self % 4 * 2 + 1];
     fragment[m] = low | uint32_t{high} << 16;
   }
 }
