@@ -13,6 +13,14 @@ def nhwc(input: Tensor) -> Tensor:
     return input.contiguous(memory_format=torch.channels_last)
 
 
+def ordered_like(tensor: Tensor, output: Tensor) -> Tensor:
+    """``tensor`` with its elements in the order of ``output``'s in memory, in its dtype; itself if
+    they are."""
+    if tensor.stride() == output.stride() and tensor.dtype == output.dtype:
+        return tensor
+    return torch.empty_like(output).copy_(tensor)
+
+
 def empty_nhwc(input: Tensor, channels: int, height: int, width: int) -> Tensor:
     """An uninitialised channels_last [N, channels, height, width] like ``input``."""
     return torch.empty(

@@ -546,11 +546,8 @@ def batch_norm_act_backward(
         if statistics == [None, None]:
             return (None,) * len(arguments)
         upstream = torch.zeros_like(input)
-    if input.numel() == 0:  # the statistics are NaN
-        return tuple(
-            torch.zeros_like(argument) if need else None
-            for argument, need in zip(arguments, needed, strict=True)
-        )
+    if input.numel() == 0:  # the statistics are NaN; the dispatcher makes zeros of None
+        return (None,) * len(arguments)
 
     def images(need: bool) -> Tensor | None:
         return empty_nhwc(input, *input.shape[1:]) if need else None

@@ -12,14 +12,12 @@ from ..gpu import Convolved, float32_like, pack_taps
 from ..layout import empty_nhwc, nhwc, output_size
 from ..native import activation_codes
 from ..operands import Forward, Gradient
-from . import can_run
+from . import can_run, device_limits
 from .depthwise_conv_config import (
     DepthwiseTile,
     choose,
     columns,
     is_tuned,
-    processors,
-    shared_limit,
 )
 
 __all__ = ["can_run", "depthwise_conv", "depthwise_conv_backward"]
@@ -164,8 +162,7 @@ def tile_of(
         min(*stride, 2),
         input.element_size(),
         gradient,
-        processors(input),
-        shared_limit(input),
+        *device_limits(input),
     )
 
 

@@ -6,9 +6,6 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 _THREADS = 128  # of a block, at most; csrc/depthwise_conv/cuda.h kDepthwiseThreads
 _PAIRS = (8, 16, 24, 32, 48, 64)
 _FEWEST_THREADS = 64  # of a block
@@ -170,21 +167,3 @@ def choose(
 
     parts = min(range(1, max(1, height) + 1), key=steps)
     return DepthwiseTile(tile.pairs, tile.strips, tile.images, max(1, -(-height // parts)))
-
-
-def processors(tensor: Tensor) -> int:
-    """Streaming multiprocessors of a tensor's device; an H100's for a CPU tensor."""
-    return 132 if tensor.device.type != "cuda" else _device(tensor.device.index)[0]
-
-
-def shared_limit(tensor: Tensor) -> int:
-    """Bytes of shared memory that a block may have; an H100's for a CPU tensor."""
-    return 227 * 1024 if tensor.device.type != "cuda" else _device(tensor.device.index)[1]
-
-
-@functools.cache
-def _device(index: int) -> tuple[int, int]:
-    properties = torch.cuda.get_device_properties(index)
-    # Compute capability 12.0 has the least, 99 KB.
-    limit = getattr(properties, "shared_memory_per_block_optin", 99 * 1024)
-    return properties.multi_processor_count, limit

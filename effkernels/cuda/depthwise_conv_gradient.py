@@ -10,6 +10,7 @@ from torch import Tensor
 from ..gpu import float32_like
 from ..layout import empty_nhwc, nhwc
 from ..operands import Forward, Gradient
+from . import device_limits
 from .depthwise_conv import (
     floats,
     operand_codes,
@@ -17,7 +18,7 @@ from .depthwise_conv import (
     stencil,
     tile_of,
 )
-from .depthwise_conv_config import gradient_columns, gradient_is_tuned, groups, processors
+from .depthwise_conv_config import gradient_columns, gradient_is_tuned, groups
 
 _PLAIN = Gradient()
 _PROGRAMS = 8  # a processor's, that share the sums for the taps
@@ -168,7 +169,7 @@ def _run(
     totals = partials = None
     programs = 1
     if sums:
-        enough = _PROGRAMS * processors(input)
+        enough = _PROGRAMS * device_limits(input)[0]
         if gradient_is_tuned(*geometry, input.shape[2:], upstream.shape[2:]):
             items = (
                 -(-batch // tile.images)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..layout import ordered_like
 from ..native import activation_codes
 from . import can_run
 
@@ -17,7 +18,7 @@ def silu(input: Tensor, activation: str) -> Tensor:
     """The op ``silu``."""
     output = torch.empty_like(input)
     torch.ops.effkernels_cuda.activation(
-        output, _like(input, output), None, *activation_codes([activation])
+        output, ordered_like(input, output), None, *activation_codes([activation])
     )
     return output
 
@@ -35,13 +36,9 @@ def silu_backward(
         return None, None
     output = torch.empty_like(input)
     torch.ops.effkernels_cuda.activation(
-        output, _like(input, output), _like(upstream, output), *activation_codes([activation])
+        output,
+        ordered_like(input, output),
+        ordered_like(upstream, output),
+        *activation_codes([activation]),
     )
     return output, None
-
-
-def _like(tensor: Tensor, output: Tensor) -> Tensor:
-    """``tensor`` with its elements in the order of ``output``'s, in its dtype."""
-    if tensor.stride() == output.stride() and tensor.dtype == output.dtype:
-        return tensor
-    return torch.empty_like(output).copy_(tensor)

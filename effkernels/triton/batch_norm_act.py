@@ -272,11 +272,8 @@ def batch_norm_act_backward(
         if all(gradient is None for gradient in output_gradients):
             return (None,) * len(arguments)
         upstream = torch.zeros_like(input)
-    if input.numel() == 0:  # the statistics are NaN
-        return tuple(
-            torch.zeros_like(argument) if need else None
-            for argument, need in zip(arguments, needed, strict=True)
-        )
+    if input.numel() == 0:  # the statistics are NaN; the dispatcher makes zeros of None
+        return (None,) * len(arguments)
     input, upstream = nhwc(input), nhwc(upstream)
     residual = None if residual is None else nhwc(residual)
     mean, var = saved if training else (running_mean, running_var)

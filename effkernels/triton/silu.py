@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..layout import ordered_like
 from .language import activate, kernel, slope
 from .launch import device_of, is_wide, launch, vector_width
 from .silu_config import SiluConfig, SiluProblem, candidates, heuristic
@@ -70,7 +71,7 @@ def _silu_backward_kernel(
 def silu(input: Tensor, activation: str) -> Tensor:
     """The op ``silu``: ``activation`` of every element; dense inputs keep their layout."""
     output = torch.empty_like(input)
-    _run(_silu_kernel, output, (_like(input, output),), activation)
+    _run(_silu_kernel, output, (ordered_like(input, output),), activation)
     return output
 
 
@@ -89,17 +90,10 @@ def silu_backward(
     _run(
         _silu_backward_kernel,
         result,
-        (_like(gradient, result), _like(input, result)),
+        (ordered_like(gradient, result), ordered_like(input, result)),
         activation,
     )
     return result, None
-
-
-def _like(tensor: Tensor, output: Tensor) -> Tensor:
-    """``tensor`` with its elements in the order of ``output``'s."""
-    if tensor.stride() == output.stride() and tensor.dtype == output.dtype:
-        return tensor
-    return torch.empty_like(output).copy_(tensor)
 
 
 def _run(kernel: Any, output: Tensor, inputs: tuple[Tensor, ...], activation: str) -> None:

@@ -145,7 +145,7 @@ def configure(
     torch.ops.effkernels_cuda.configure(seed, capability, processors, shared_memory)
 
 
-def with_mistake(mistake: Mistake, check: Callable[[], Any]) -> str:
+def with_mistake(mistake: Mistake | None, check: Callable[[], Any]) -> str:
     """What ``check``, a function of a module, raises on kernels with this mistake; "" if none."""
     path = library(mistake)
     context = multiprocessing.get_context("forkserver")

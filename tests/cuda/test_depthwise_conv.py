@@ -181,7 +181,7 @@ def configure(monkeypatch):
 
     def override(tile: DepthwiseTile, processors: int = 132) -> None:
         monkeypatch.setattr(depthwise_conv, "choose", lambda *_: tile)
-        monkeypatch.setattr(gradients, "processors", lambda _: processors)
+        monkeypatch.setattr(gradients, "device_limits", lambda _: (processors, 0))
 
     return override
 
@@ -382,8 +382,6 @@ def _check() -> None:
     """Small calls that reach every part of the tuned kernels."""
     torch.manual_seed(0)
     for k, stride, channels, tile in ((3, 1, 10, (4, 1, 2, 2)), (5, 2, 8, (4, 1, 1, 3))):
-        depthwise_conv.choose = lambda *_, tile=tile: DepthwiseTile(*tile)  # type: ignore
-        gradients.processors = lambda _: 1  # type: ignore
         case = Case(
             batch=2,
             channels=channels,
@@ -395,10 +393,11 @@ def _check() -> None:
         )
         (tensors, chosen), _ = arguments(case, torch.float32, "cpu")
         call = tuple(tensors[name] for name in ("input", "weight", "scale", "bias"))
-        with ek.use_backend("native"):
+        with ek.use_backend("native"), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(depthwise_conv, "choose", lambda *_, tile=tile: DepthwiseTile(*tile))
+            patch.setattr(gradients, "device_limits", lambda _: (1, 0))
             assert_matches(outputs_and_gradients, *call, **chosen)
-            with pytest.MonkeyPatch.context() as patch:
-                assert_memory_kept(patch, outputs_and_gradients, (call, chosen))
+            assert_memory_kept(patch, outputs_and_gradients, (call, chosen))
             draw = case.draw(1, torch.float32)
             z = draw.activations(2, channels, (4, 9)) + 3
             vector = draw.normal(channels)
@@ -444,3 +443,7 @@ MISTAKES = {
 def test_mistakes_are_found(mistake):
     name, old, new = MISTAKES[mistake]
     assert with_mistake((f"depthwise_conv/cuda_{name}.h", old, new), _check)
+
+
+def test_right_kernels_pass_where_mistakes_are_found():
+    assert with_mistake(None, _check) == ""

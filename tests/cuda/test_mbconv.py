@@ -338,3 +338,7 @@ def test_check_passes(device):
     if device.type != "cpu":
         pytest.skip("for the emulated GPU")
     _check()
+
+
+def test_right_kernels_pass_where_mistakes_are_found():
+    assert with_mistake(None, _check) == ""

@@ -76,3 +76,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", ["a tail", "a block"])
 def test_mistakes_are_found(mistake):
     assert with_mistake(MISTAKES[mistake], _check)
+
+
+def test_right_kernels_pass_where_mistakes_are_found():
+    assert with_mistake(None, _check) == ""
