@@ -125,7 +125,7 @@ def gemm_panels(matrix: Tensor) -> Tensor:
     return matrix.view(-1, _PANEL, depth).transpose(1, 2).contiguous()
 
 
-def _gemm_panels(weight: Tensor) -> Tensor:
+def conv_panels(weight: Tensor) -> Tensor:
     """[K, C, kh, kw] as panels of depth kh·kw·C, kept."""
 
     def pack() -> Tensor:
@@ -212,12 +212,12 @@ def prepack(
 ) -> None:
     """Do now what the first call with a convolution's weight would do, if that is known."""
     if depthwise:
-        _depthwise_taps(weight)
+        depthwise_taps(weight)
     elif winograd_width(weight, stride, dilation, (64, 64)) == 0:  # else the image's size decides
-        _gemm_panels(weight)
+        conv_panels(weight)
 
 
-def _depthwise_taps(weight: Tensor) -> Tensor:
+def depthwise_taps(weight: Tensor) -> Tensor:
     """[C, 1, kh, kw] as float32 [kh·kw, C rounded up to 16], zero beyond C."""
 
     def pack() -> Tensor:
@@ -225,6 +225,12 @@ def _depthwise_taps(weight: Tensor) -> Tensor:
         return F.pad(taps, (0, -weight.shape[0] % _PANEL)).contiguous()
 
     return cached("depthwise", (weight,), pack)
+
+
+def reversed_taps(weight: Tensor) -> Tensor:
+    """:func:`depthwise_taps` of the convolution that turns gradients back, not kept."""
+    taps = weight.detach().float().flatten(1).flip(1).t()
+    return F.pad(taps, (0, -weight.shape[0] % _PANEL)).contiguous()
 
 
 def _matrix(weight: Tensor) -> Tensor:
@@ -248,7 +254,7 @@ class Packed(NamedTuple):
     size: tuple[int, int, int]  # channels, height, width of the output
 
 
-def _geometry(
+def kernel_geometry(
     weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
 ) -> list[int]:
     """csrc/common/types.h `Geometry`: kernel, stride, dilation (height, width), left, top."""
@@ -266,7 +272,7 @@ def _pack_convolution(
     dilation: list[int],
     activation: str,
 ) -> Packed:
-    geometry = _geometry(weight, stride, padding, dilation)
+    geometry = kernel_geometry(weight, stride, padding, dilation)
     size = output_size(input.shape[2:], geometry[:2], stride, padding, dilation)
     return Packed(
         (pack_weight(weight), _float32(scale), _float32(bias)),
@@ -277,7 +283,7 @@ def _pack_convolution(
 
 
 def pack_depthwise_conv(input: Tensor, *arguments: Any) -> Packed:
-    return _pack_convolution(_depthwise_taps, input, *arguments)
+    return _pack_convolution(depthwise_taps, input, *arguments)
 
 
 def depthwise_conv(
@@ -327,7 +333,7 @@ def depthwise_conv_backward(
     upstream = gradients[0]
     assert upstream is not None
     upstream = nhwc(upstream)
-    geometry = _geometry(weight, stride, padding, dilation)
+    geometry = kernel_geometry(weight, stride, padding, dilation)
     for_input = gathered = for_taps = None
     if needed[0]:
         for_input = gathered = empty_nhwc(input, *input.shape[1:])
@@ -340,7 +346,7 @@ def depthwise_conv_backward(
                 for_input,
                 None,
                 upstream,
-                _depthwise_taps(flipped),
+                depthwise_taps(flipped),
                 None,
                 None,
                 [*kernel, 1, 1, *dilation, corner[1], corner[0]],
@@ -352,7 +358,7 @@ def depthwise_conv_backward(
         for_taps = torch.empty(taps, dtype=torch.float32)
     if gathered is not None or for_taps is not None:
         torch.ops.effkernels_cpu.depthwise_conv_backward(
-            gathered, for_taps, upstream, nhwc(input), _depthwise_taps(weight), geometry
+            gathered, for_taps, upstream, nhwc(input), depthwise_taps(weight), geometry
         )
     for_weight = None if for_taps is None else for_taps.t().reshape(weight.shape)
     for_bias = upstream.sum((0, 2, 3), dtype=torch.float32) if needed[3] else None
@@ -363,7 +369,7 @@ def pack_pointwise_conv(
     input: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, activation: str
 ) -> Packed:
     return Packed(
-        (_gemm_panels(weight), _float32(scale), _float32(bias)),
+        (conv_panels(weight), _float32(scale), _float32(bias)),
         _NO_GEOMETRY,
         activation_codes([activation]),
         (weight.shape[0], *input.shape[2:]),
@@ -406,7 +412,7 @@ def pack_conv(input: Tensor, *arguments: Any) -> Packed:
     size = output_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
     width = winograd_width(weight, stride, dilation, size)
     if width == 0:
-        return _pack_convolution(_gemm_panels, input, *arguments)
+        return _pack_convolution(conv_panels, input, *arguments)
     packed = _pack_convolution(_dense, input, *arguments)
     return packed._replace(weights=(*packed.weights, _winograd_panels(weight, width)))
 
@@ -596,16 +602,16 @@ def depthwise_separable_conv(
     depthwise_activation: str,
     activation: str,
 ) -> Tensor:
-    geometry = _geometry(depthwise_weight, stride, padding, dilation)
+    geometry = kernel_geometry(depthwise_weight, stride, padding, dilation)
     size = output_size(input.shape[2:], geometry[:2], stride, padding, dilation)
     output = empty_nhwc(input, pointwise_weight.shape[0], *size)
     torch.ops.effkernels_cpu.depthwise_separable_conv(
         output,
         nhwc(input),
-        _depthwise_taps(depthwise_weight),
+        depthwise_taps(depthwise_weight),
         _float32(depthwise_scale),
         _float32(depthwise_bias),
-        _gemm_panels(pointwise_weight),
+        conv_panels(pointwise_weight),
         _float32(pointwise_scale),
         _float32(pointwise_bias),
         geometry,
@@ -641,21 +647,21 @@ def pack_mbconv(
     project_activation: str,
 ) -> Packed:
     weights = (
-        None if expand_weight is None else _gemm_panels(expand_weight),
+        None if expand_weight is None else conv_panels(expand_weight),
         _float32(expand_scale),
         _float32(expand_bias),
-        _depthwise_taps(depthwise_weight),
+        depthwise_taps(depthwise_weight),
         _float32(depthwise_scale),
         _float32(depthwise_bias),
         None if se_reduce_weight is None else _matrix(se_reduce_weight),
         _float32(se_reduce_bias),
         None if se_expand_weight is None else _transposed(se_expand_weight),
         _float32(se_expand_bias),
-        _gemm_panels(project_weight),
+        conv_panels(project_weight),
         _float32(project_scale),
         _float32(project_bias),
     )
-    geometry = _geometry(depthwise_weight, stride, padding, dilation)
+    geometry = kernel_geometry(depthwise_weight, stride, padding, dilation)
     names = (activation, se_activation, gate_activation, project_activation)
     size = output_size(input.shape[2:], geometry[:2], stride, padding, dilation)
     return Packed(

@@ -20,70 +20,29 @@
 //   these two passes, 128 rows of four vectors of channels at a time           0.73 s
 #include "batch_norm_act/batch_norm_act.h"
 #include "common/activation.h"
+#include "common/moments.h"
 #include "common/scratch.h"
 
 namespace effkernels {
 namespace EFFKERNELS_ISA {
 namespace {
 
-constexpr int64_t kPixelBlock = 128;  // pixels of one partial result, whatever the threads
-
-// Of one block of rows: a center close to the mean, the mean's offset from it (what rounding left,
-// too small for the center's own bits), and the sum of squared distances from the center.
-template <class T>
-void block_statistics(const T* rows, int64_t count, int64_t channels, float* mean, float* offset,
-                      float* m2) {
-  for (int64_t c = 0; c < channels; c += Vec::size) {
-    const int64_t n = min_of(channels - c, Vec::size);
-    const auto row = [&](int64_t r) {
-      const T* p = rows + r * channels + c;
-      return n == Vec::size ? Vec::load(p) : load_first(p, n);
-    };
-    Vec total = Vec::set1(0.0f);
-    for (int64_t r = 0; r < count; r++) total = total + row(r);
-    const Vec center = total * Vec::set1(1.0f / static_cast<float>(count));
-    Vec squares = Vec::set1(0.0f), rest = Vec::set1(0.0f);
-    for (int64_t r = 0; r < count; r++) {
-      const Vec distance = row(r) - center;
-      squares = fma(distance, distance, squares);
-      rest = rest + distance;
-    }
-    store_first(center, mean + c, n);
-    store_first(rest * Vec::set1(1.0f / static_cast<float>(count)), offset + c, n);
-    store_first(squares, m2 + c, n);
-  }
-}
-
 template <class T>
 void statistics(const BatchNormActArgs& args, int64_t pixels) {
   const int64_t channels = args.in.channels, blocks = ceil_div(pixels, kPixelBlock);
-  float* means = scratch(ScratchUse::kBlock, static_cast<size_t>(3 * blocks * channels));
-  float* offsets = means + blocks * channels;
-  float* m2s = offsets + blocks * channels;
+  float* buffer =
+      scratch(ScratchUse::kBlock, static_cast<size_t>(moments_size(blocks, channels)));
+  const Moments moments = make_moments(buffer, blocks, channels);
   parallel_for(args.parallel, blocks, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; b++) {
       const int64_t first = b * kPixelBlock;
-      block_statistics(static_cast<const T*>(args.input) + first * channels,
-                       min_of(kPixelBlock, pixels - first), channels, means + b * channels,
-                       offsets + b * channels, m2s + b * channels);
+      block_moments(static_cast<const T*>(args.input) + first * channels,
+                    min_of(kPixelBlock, pixels - first), moments, b);
     }
   });
-  parallel_for(args.parallel, channels, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; c++) {
-      double mean = 0.0, m2 = 0.0, count = 0.0;
-      for (int64_t b = 0; b < blocks; b++) {  // Chan, Golub & LeVeque, 1979
-        const double size = static_cast<double>(min_of(kPixelBlock, pixels - b * kPixelBlock));
-        const double offset = offsets[b * channels + c];
-        const double distance = means[b * channels + c] + offset - mean;
-        m2 += m2s[b * channels + c] - size * offset * offset +
-              distance * distance * count * size / (count + size);
-        mean += distance * size / (count + size);
-        count += size;
-      }
-      args.mean[c] = static_cast<float>(mean);
-      args.var[c] = static_cast<float>(m2 < 0.0 ? 0.0 : m2 / count);
-    }
-  });
+  join_moments(
+      moments, [&](int64_t b) { return min_of(kPixelBlock, pixels - b * kPixelBlock); }, args.mean,
+      args.var, args.parallel);
 }
 
 template <class T>

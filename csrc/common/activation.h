@@ -138,6 +138,21 @@ EFFKERNELS_INLINE Vec slope(Vec x) {
   }
 }
 
+// The activation and its derivative, which share the exponential.
+struct ActivationAndSlope {
+  Vec value, slope;
+};
+
+template <Activation kActivation>
+EFFKERNELS_INLINE ActivationAndSlope activate_with_slope(Vec x) {
+  if constexpr (kActivation == Activation::silu) {
+    const Vec s = sigmoid_product<false>(x), value = x * s;
+    return {value, fma(value, Vec::set1(1.0f) - s, s)};
+  } else {
+    return {activate<kActivation>(x), slope<kActivation>(x)};
+  }
+}
+
 // Calls body(constant) with the activation as a compile-time constant.
 template <Activation kActivation>
 struct ActivationConstant {

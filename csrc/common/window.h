@@ -121,10 +121,10 @@ inline void window_row(const T* image, const Images& in, const Geometry& g, int6
 
 // The same for a row whose padding is in memory, `kPixel` floats a pixel: no borders, and steps
 // known to the compiler for strides 1 and 2.
-template <int kPixel>
+template <int kPixel, class Out>
 inline void padded_window_row(const float* const* rows, const Geometry& g, int64_t out_width,
                               const float* weight, int64_t weight_stride, int64_t channels,
-                              const Epilogue& epilogue, int64_t first_channel, float* out,
+                              const Epilogue& epilogue, int64_t first_channel, Out* out,
                               int64_t out_stride, float* sum) {
   alignas(64) float sums[kRowPixels * Vec::size];
   const int64_t tap_step = g.dilation_w * kPixel;
@@ -147,9 +147,10 @@ inline void padded_window_row(const float* const* rows, const Geometry& g, int64
       cover<kTilePixels>(begin, end, [&](auto count, int64_t x) {
         tiles(count, x, c, sums + (x - begin) * Vec::size);
       });
-      finish_rows<float>(sums, Vec::size, end - begin, min_of(channels - c, Vec::size), epilogue,
-                         first_channel + c, nullptr, out + begin * out_stride + c, out_stride,
-                         sum == nullptr ? nullptr : sum + c);
+      finish_rows<Out>(sums, Vec::size, end - begin, min_of(channels - c, Vec::size), epilogue,
+                       first_channel + c, static_cast<const Out*>(nullptr),
+                       out + begin * out_stride + c, out_stride,
+                       sum == nullptr ? nullptr : sum + c);
     }
   }
 }

@@ -19,7 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..dispatch import define
+from .. import native_training
+from ..dispatch import Implementation, define
 from ..layout import empty_nhwc, nhwc, output_size
 from ._common import apply_activation, check_tensor, check_vector, reference_convolution
 from .batch_norm_act import normalize, statistics
@@ -291,6 +292,11 @@ _op = define(
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
-    native=None,
+    native=Implementation(
+        native_training.can_run,
+        native_training.mbconv_training,
+        native_training.mbconv_training_backward,
+        native_training.differentiates,
+    ),
     saves=tuple(range(1, 11)),
 )

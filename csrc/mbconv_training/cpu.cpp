@@ -1,0 +1,56 @@
+// mbconv_training: the inverted-residual block with BatchNorm's own statistics, and its gradients.
+//
+//   z1 = expand * x                              product; its moments from the cache
+//   z2 = depthwise (*) act(norm1(z1))            a ring of rows; moments from the cache
+//   gate from mean(act(norm2(z2)))               a pass over z2
+//   z3 = project * (gate . act(norm2(z2)))       product, its A made in scratch; moments
+//   y  = keep * norm3(z3) + x                    a pass over the small tensors
+//
+// and backward, u_i the gradient for what comes after norm_i and its activation:
+//
+//   norm3's sums                                 a pass over dy and z3
+//   dproject, u2, sums of u2 for gate and norm2  products; dz3 and the gated activation in scratch
+//   ddepthwise, u1 act', norm1's sums            a ring of rows of dz2, spread out by the stride
+//   dexpand, dx                                  products; dz1 in scratch
+//
+// Layout NHWC. Kept are x, z1, z2, z3 and vectors; of tensors of the expanded size (6 times the
+// input) the forward pass writes two and reads three, the backward pass writes two and reads six.
+// PyTorch's forward pass alone writes seven, reads nine and keeps six. Operations: 3 times the
+// block's multiply-adds (twice for the depthwise gradient where the stride is 2), and 8
+// evaluations of the activation instead of 4 for those of the expanded size.
+#include "mbconv_training/cpu_depthwise.h"
+#include "mbconv_training/cpu_product.h"
+
+namespace effkernels {
+namespace EFFKERNELS_ISA {
+
+void mbconv_training_product(const TrainingProductArgs& args) {
+  args.dtype == DType::f32 ? product<float>(args) : product<bf16>(args);
+}
+
+void mbconv_training_depthwise(const TrainingDepthwiseArgs& args) {
+  args.dtype == DType::f32 ? depthwise<float>(args) : depthwise<bf16>(args);
+}
+
+void mbconv_training_pool(const TrainingPoolArgs& args) {
+  args.dtype == DType::f32 ? pool<float>(args) : pool<bf16>(args);
+}
+
+void mbconv_training_finish(const TrainingFinishArgs& args) {
+  args.dtype == DType::f32 ? finish<float>(args) : finish<bf16>(args);
+}
+
+void mbconv_training_norm_backward(const TrainingNormBackwardArgs& args) {
+  args.dtype == DType::f32 ? norm_backward<float>(args) : norm_backward<bf16>(args);
+}
+
+void mbconv_training_product_backward(const TrainingProductBackwardArgs& args) {
+  args.dtype == DType::f32 ? product_backward<float>(args) : product_backward<bf16>(args);
+}
+
+void mbconv_training_depthwise_backward(const TrainingDepthwiseBackwardArgs& args) {
+  args.dtype == DType::f32 ? depthwise_backward<float>(args) : depthwise_backward<bf16>(args);
+}
+
+}  // namespace EFFKERNELS_ISA
+}  // namespace effkernels

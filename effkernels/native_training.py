@@ -1,0 +1,366 @@
+"""A block's training pass on the CPU kernels: the op ``mbconv_training``, stage by stage.
+
+csrc/mbconv_training/cpu.cpp says what each stage moves. Between them lie raw outputs of the
+convolutions and vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import native
+from .layout import empty_nhwc, nhwc, output_size
+
+_SUMS = 5  # of csrc/mbconv_training/mbconv_training.h kProductSums
+
+
+class Norm(NamedTuple):
+    """A BatchNorm with the batch's statistics, and the activation behind it, for the kernels."""
+
+    vectors: Tensor  # [4, C] float32: mean, variance, weight, bias
+    eps: float
+    activation: int
+
+    @property
+    def mean(self) -> Tensor:
+        """[C]."""
+        return self.vectors[0]
+
+
+def _norm(
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, name: str
+) -> Norm:
+    vectors = [
+        mean,
+        var,
+        torch.ones_like(mean) if weight is None else weight.detach().float(),
+        torch.zeros_like(mean) if bias is None else bias.detach().float(),
+    ]
+    return Norm(torch.stack(vectors), eps, native.activation_codes([name])[0])
+
+
+class _Before(NamedTuple):
+    """What lies between a convolution and the raw output before it; nothing before the first."""
+
+    norm: Tensor | None = None
+    eps: float = 0.0
+    activation: int = 0
+
+
+def _before(norm: Norm | None) -> _Before:
+    return _Before() if norm is None else _Before(*norm)
+
+
+def _vector(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.float32)
+
+
+def can_run(input: Tensor, *rest: Any) -> str | None:
+    """None if the CPU kernels can run the block on these arguments, else the reason why not."""
+    if input.numel() == 0:
+        return "input is empty"
+    return native.can_run(input)
+
+
+def mbconv_training(
+    input: Tensor,
+    expand_weight: Tensor | None,
+    expand_norm_weight: Tensor | None,
+    expand_norm_bias: Tensor | None,
+    depthwise_weight: Tensor,
+    depthwise_norm_weight: Tensor | None,
+    depthwise_norm_bias: Tensor | None,
+    se_reduce_weight: Tensor | None,
+    se_reduce_bias: Tensor | None,
+    se_expand_weight: Tensor | None,
+    se_expand_bias: Tensor | None,
+    project_weight: Tensor,
+    project_norm_weight: Tensor | None,
+    project_norm_bias: Tensor | None,
+    keep: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    residual: bool,
+    eps: list[float],
+    activation: str,
+    se_activation: str,
+    gate_activation: str,
+) -> tuple[Tensor, ...]:
+    """The op ``mbconv_training``."""
+    kernels = torch.ops.effkernels_cpu
+    input = nhwc(input)
+    channels, outputs = depthwise_weight.shape[0], project_weight.shape[0]
+
+    def product(
+        values: Tensor, weight: Tensor, norm: Norm | None, gate: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        size = weight.shape[0]
+        output = empty_nhwc(values, size, *values.shape[2:])
+        mean, var = _vector(size), _vector(size)
+        before = _before(norm)
+        kernels.mbconv_training_product(
+            output, mean, var, values, before.norm, gate, native.conv_panels(weight), *before[1:]
+        )
+        return output, mean, var
+
+    empty = input.new_empty(0)
+    expanded, expand_mean, expand_var = empty, empty.clone(), empty.clone()
+    values, norm = input, None
+    if expand_weight is not None:
+        values, expand_mean, expand_var = product(input, expand_weight, None, None)
+        expanded = values
+        norm = _norm(
+            expand_mean, expand_var, expand_norm_weight, expand_norm_bias, eps[0], activation
+        )
+    size = output_size(input.shape[2:], depthwise_weight.shape[2:], stride, padding, dilation)
+    hidden = empty_nhwc(input, channels, *size)
+    depthwise_mean, depthwise_var = _vector(channels), _vector(channels)
+    before = _before(norm)
+    kernels.mbconv_training_depthwise(
+        hidden,
+        depthwise_mean,
+        depthwise_var,
+        values,
+        before.norm,
+        native.depthwise_taps(depthwise_weight),
+        native.kernel_geometry(depthwise_weight, stride, padding, dilation),
+        *before[1:],
+    )
+    norm = _norm(
+        depthwise_mean,
+        depthwise_var,
+        depthwise_norm_weight,
+        depthwise_norm_bias,
+        eps[1],
+        activation,
+    )
+    pooled, gate = empty.clone(), None
+    if se_reduce_weight is not None:
+        pooled = torch.empty(input.shape[0], channels, dtype=torch.float32)
+        kernels.mbconv_training_pool(pooled, hidden, *norm)
+        gate = native.squeeze_excite_gate(
+            pooled,
+            se_reduce_weight,
+            se_reduce_bias,
+            se_expand_weight,
+            se_expand_bias,
+            se_activation,
+            gate_activation,
+        )
+    projected, project_mean, project_var = product(hidden, project_weight, norm, gate)
+    norm = _norm(
+        project_mean, project_var, project_norm_weight, project_norm_bias, eps[2], "none"
+    )
+    output = empty_nhwc(input, outputs, *size)
+    kernels.mbconv_training_finish(
+        output,
+        projected,
+        norm.vectors,
+        None if keep is None else keep.float().contiguous(),
+        input if residual else None,
+        norm.eps,
+    )
+    return (
+        output,
+        expanded,
+        hidden,
+        projected,
+        expand_mean,
+        expand_var,
+        depthwise_mean,
+        depthwise_var,
+        project_mean,
+        project_var,
+        pooled,
+    )
+
+
+def differentiates(arguments: Sequence[Any], gradients: Sequence[Tensor | None]) -> bool:
+    """Whether :func:`mbconv_training_backward` is for this call: the output's gradient alone."""
+    keep = arguments[14]
+    learned = keep is not None and keep.requires_grad
+    return gradients[0] is not None and not learned and not any(
+        gradient is not None for gradient in gradients[1:]
+    )
+
+
+def _gate_backward(arguments, needed, saved, gradients):
+    from .ops.squeeze_excite import gate_reference
+    from .dispatch import _differentiate
+    return _differentiate(gate_reference, arguments, needed, gradients)
+
+
+def mbconv_training_backward(
+    arguments: list[Any],
+    needed: list[bool],
+    saved: tuple[Tensor, ...],
+    gradients: tuple[Tensor | None, ...],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of :func:`mbconv_training` for its arguments; ``saved`` are its other
+    outputs."""
+    (
+        input,
+        expand_weight,
+        expand_norm_weight,
+        expand_norm_bias,
+        depthwise_weight,
+        depthwise_norm_weight,
+        depthwise_norm_bias,
+        se_reduce_weight,
+        se_reduce_bias,
+        se_expand_weight,
+        se_expand_bias,
+        project_weight,
+        project_norm_weight,
+        project_norm_bias,
+        keep,
+        stride,
+        padding,
+        dilation,
+        residual,
+        eps,
+        activation,
+        se_activation,
+        gate_activation,
+    ) = arguments
+    kernels = torch.ops.effkernels_cpu
+    expanded, hidden, projected, *statistics, pooled = saved
+    upstream = gradients[0]
+    assert upstream is not None
+    input, upstream = nhwc(input), nhwc(upstream)
+    keep = None if keep is None else keep.float().contiguous()
+    results: list[Tensor | None] = [None] * len(arguments)
+    channels, outputs = depthwise_weight.shape[0], project_weight.shape[0]
+    # What is needed of the stages before one: nothing, if all their tensors are frozen.
+    before_depthwise = needed[0] or any(needed[1:4])
+    before_project = before_depthwise or any(needed[4:11])
+
+    def vectors(needed: Sequence[bool], size: int) -> list[Tensor | None]:
+        return [_vector(size) if need else None for need in needed]
+
+    # The projection
+    norm = _norm(*statistics[4:], project_norm_weight, project_norm_bias, eps[2], "none")
+    coefficients = torch.empty(3, outputs)
+    results[12:14] = vectors(needed[12:14], outputs)
+    kernels.mbconv_training_norm_backward(
+        coefficients, *results[12:14], upstream, projected, norm.vectors, keep, norm.eps
+    )
+    hidden_norm = _norm(
+        *statistics[2:4], depthwise_norm_weight, depthwise_norm_bias, eps[1], activation
+    )
+    squeeze = (se_reduce_weight, se_reduce_bias, se_expand_weight, se_expand_bias)
+    gate = None
+    if se_reduce_weight is not None:
+        gate = native.squeeze_excite_gate(pooled, *squeeze, se_activation, gate_activation)
+    for_hidden = sums = None
+    if before_project:
+        for_hidden = empty_nhwc(hidden, *hidden.shape[1:])
+        sums = torch.empty(hidden.shape[0], _SUMS, channels, dtype=torch.float32)
+    if needed[11]:
+        results[11] = torch.empty(project_weight.shape, dtype=torch.float32)
+    if before_project or needed[11]:
+        kernels.mbconv_training_product_backward(
+            for_hidden,
+            results[11],
+            sums,
+            upstream,
+            projected,
+            norm.mean,
+            coefficients,
+            keep,
+            hidden,
+            hidden_norm.vectors,
+            gate,
+            native.gemm_panels(project_weight.flatten(1).t()),
+            None,
+            *hidden_norm[1:],
+        )
+    if for_hidden is None or sums is None:
+        return tuple(results)
+
+    # The gate, and the depthwise convolution
+    offset = None
+    if gate is not None:
+        pixels = hidden.shape[2] * hidden.shape[3]
+        for_pooled, *results[7:11] = _gate_backward(
+            [pooled, *squeeze, se_activation, gate_activation],
+            [True, *needed[7:11], False, False],
+            (),
+            (sums[:, 0].contiguous(),),
+        )[:5]
+        assert for_pooled is not None
+        offset = for_pooled / pixels
+    values, values_norm = input, None
+    if expand_weight is not None:
+        values = expanded
+        values_norm = _norm(
+            *statistics[:2], expand_norm_weight, expand_norm_bias, eps[0], activation
+        )
+    for_values = for_taps = coefficients = None
+    if before_depthwise:
+        for_values = empty_nhwc(values, *values.shape[1:])
+        if values_norm is not None:
+            coefficients = torch.empty(3, channels)
+            results[2:4] = vectors(needed[2:4], channels)
+    if needed[4]:
+        for_taps = torch.empty(
+            depthwise_weight[0, 0].numel(), channels, dtype=torch.float32
+        )
+    results[5:7] = vectors(needed[5:7], channels)
+    before = _before(values_norm)
+    kernels.mbconv_training_depthwise_backward(
+        for_values,
+        for_taps,
+        coefficients,
+        *results[2:4],
+        *results[5:7],
+        for_hidden,
+        hidden,
+        hidden_norm.vectors,
+        sums,
+        gate,
+        offset,
+        values,
+        before.norm,
+        native.reversed_taps(depthwise_weight),
+        upstream if residual and values_norm is None else None,
+        native.kernel_geometry(depthwise_weight, stride, padding, dilation),
+        [hidden_norm.eps, before.eps],
+        hidden_norm.activation,
+    )
+    if for_taps is not None:
+        results[4] = for_taps.t().reshape(depthwise_weight.shape)
+    if expand_weight is None:
+        results[0] = for_values
+        return tuple(results)
+    if for_values is None or values_norm is None or not (needed[0] or needed[1]):
+        return tuple(results)
+
+    # The expansion
+    if needed[0]:
+        results[0] = empty_nhwc(input, *input.shape[1:])
+    if needed[1]:
+        results[1] = torch.empty(expand_weight.shape, dtype=torch.float32)
+    kernels.mbconv_training_product_backward(
+        results[0],
+        results[1],
+        None,
+        for_values,
+        expanded,
+        values_norm.mean,
+        coefficients,
+        None,
+        input,
+        None,
+        None,
+        native.gemm_panels(expand_weight.flatten(1).t()),
+        upstream if residual else None,
+        0.0,
+        0,
+    )
+    return tuple(results)
