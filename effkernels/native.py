@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .build_info import why_not_built
 from .cache import cached
-from .layout import empty_nhwc, nhwc, output_size
+from .layout import empty_nhwc, nhwc, ordered_like, output_size
 from .program import Program as Program  # one of the names that effkernels/kernels.py lists
 
 NAME = "native"  # of this backend
@@ -496,12 +496,94 @@ def squeeze_excite_gate(mean: Tensor, *arguments: Any) -> Tensor:
     return gate.to(mean.dtype)
 
 
+def squeeze_excite_backward(
+    arguments: list[Any],
+    needed: list[bool],
+    saved: tuple[Tensor, ...],
+    gradients: tuple[Tensor | None, ...],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of :func:`squeeze_excite` for its arguments."""
+    input = arguments[0]
+    (upstream,) = gradients
+    if upstream is None:
+        return (None,) * len(arguments)
+    for_input = empty_nhwc(input, *input.shape[1:]) if needed[0] else None
+    weights, activations = pack_squeeze_excite(*arguments[1:])
+    for_weights = _gate_gradients(needed, arguments)
+    torch.ops.effkernels_cpu.squeeze_excite_backward(
+        for_input, *for_weights, nhwc(upstream), nhwc(input), *weights, *activations
+    )
+    return (for_input, *_as_given(for_weights), None, None)
+
+
+def squeeze_excite_gate_backward(
+    arguments: list[Any],
+    needed: list[bool],
+    saved: tuple[Tensor, ...],
+    gradients: tuple[Tensor | None, ...],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of :func:`squeeze_excite_gate` for its arguments, in float32."""
+    mean = arguments[0]
+    (upstream,) = gradients
+    if upstream is None:
+        return (None,) * len(arguments)
+    for_mean = torch.empty(mean.shape, dtype=torch.float32) if needed[0] else None
+    weights, activations = pack_squeeze_excite(*arguments[1:])
+    for_weights = _gate_gradients(needed, arguments)
+    torch.ops.effkernels_cpu.squeeze_excite_gate_backward(
+        for_mean,
+        *for_weights,
+        upstream.float().contiguous(),
+        mean.float().contiguous(),
+        *weights,
+        *activations,
+    )
+    return (for_mean, *_as_given(for_weights), None, None)
+
+
+def _gate_gradients(needed: Sequence[bool], arguments: Sequence[Any]) -> list[Tensor | None]:
+    """Room for the gradients of a gate's four parameters, the expanding matrix transposed."""
+    reduced, channels = arguments[1].shape
+    sizes = ((reduced, channels), (reduced,), (reduced, channels), (channels,))
+    return [
+        torch.empty(size, dtype=torch.float32) if need else None
+        for size, need in zip(sizes, needed[1:5], strict=True)
+    ]
+
+
+def _as_given(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Those of :func:`_gate_gradients` in the shapes of the op's arguments."""
+    reduce_weight, reduce_bias, expand_weight, expand_bias = gradients
+    expand_weight = None if expand_weight is None else expand_weight.t()
+    return [reduce_weight, reduce_bias, expand_weight, expand_bias]
+
+
 def silu(input: Tensor, activation: str) -> Tensor:
-    output = torch.empty_like(input)
-    if output.stride() != input.stride():  # not dense: empty_like chose another layout
-        input = torch.empty_like(output).copy_(input)
-    torch.ops.effkernels_cpu.silu(output, input, _ACTIVATION_CODES[activation])
+    output = torch.empty_like(input)  # dense, whatever input is
+    code = _ACTIVATION_CODES[activation]
+    torch.ops.effkernels_cpu.silu(output, ordered_like(input, output), code)
     return output
+
+
+def silu_backward(
+    arguments: list[Any],
+    needed: list[bool],
+    saved: tuple[Tensor, ...],
+    gradients: tuple[Tensor | None, ...],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of :func:`silu` for its arguments."""
+    input, activation = arguments
+    (upstream,) = gradients
+    if upstream is None:
+        return None, None
+    for_input = torch.empty_like(input)
+    torch.ops.effkernels_cpu.silu_backward(
+        for_input,
+        ordered_like(upstream, for_input),
+        ordered_like(input, for_input),
+        _ACTIVATION_CODES[activation],
+    )
+    return for_input, None
 
 
 def batch_norm_act(

@@ -137,6 +137,64 @@ void squeeze_excite_gate(Tensor gate, Tensor mean, Tensor reduce_weight, Optiona
   squeeze_excite_gate_cpu(args);
 }
 
+SqueezeExciteGradients gate_gradients_of(const SqueezeExciteWeights& weights,
+                                         const OptionalTensor& reduce_weight,
+                                         const OptionalTensor& reduce_bias,
+                                         const OptionalTensor& expand_weight,
+                                         const OptionalTensor& expand_bias) {
+  const int64_t size = weights.reduced * weights.channels;
+  return {optional_floats("reduce_weight_gradient", reduce_weight, size),
+          optional_floats("reduce_bias_gradient", reduce_bias, weights.reduced),
+          optional_floats("expand_weight_gradient", expand_weight, size),
+          optional_floats("expand_bias_gradient", expand_bias, weights.channels)};
+}
+
+void squeeze_excite_backward(OptionalTensor input_gradient, OptionalTensor reduce_weight_gradient,
+                             OptionalTensor reduce_bias_gradient,
+                             OptionalTensor expand_weight_gradient,
+                             OptionalTensor expand_bias_gradient, Tensor upstream, Tensor input,
+                             Tensor reduce_weight, OptionalTensor reduce_bias, Tensor expand_weight,
+                             OptionalTensor expand_bias, int64_t activation,
+                             int64_t gate_activation) {
+  SqueezeExciteBackwardArgs args{};
+  args.dtype = dtype_of(input);
+  args.input = input.const_data_ptr();
+  args.in = images_of(input);
+  const int64_t values = args.in.count * args.in.size();
+  if (input_gradient) {
+    args.input_gradient = writable("input_gradient", *input_gradient, args.dtype, values);
+  }
+  args.upstream = writable("upstream", upstream, args.dtype, values);
+  args.weights = gate_of(reduce_weight, reduce_bias, expand_weight, expand_bias, args.in.channels,
+                         activation, gate_activation);
+  args.gradients = gate_gradients_of(args.weights, reduce_weight_gradient, reduce_bias_gradient,
+                                     expand_weight_gradient, expand_bias_gradient);
+  args.parallel = torch_threads();
+  squeeze_excite_backward_cpu(args);
+}
+
+void squeeze_excite_gate_backward(OptionalTensor mean_gradient,
+                                  OptionalTensor reduce_weight_gradient,
+                                  OptionalTensor reduce_bias_gradient,
+                                  OptionalTensor expand_weight_gradient,
+                                  OptionalTensor expand_bias_gradient, Tensor upstream, Tensor mean,
+                                  Tensor reduce_weight, OptionalTensor reduce_bias,
+                                  Tensor expand_weight, OptionalTensor expand_bias,
+                                  int64_t activation, int64_t gate_activation) {
+  SqueezeExciteGateBackwardArgs args{};
+  args.count = mean.size(0);
+  const int64_t channels = mean.size(1), values = args.count * channels;
+  args.mean_gradient = optional_floats("mean_gradient", mean_gradient, values);
+  args.upstream = floats("upstream", upstream, values);
+  args.mean = floats("mean", mean, values);
+  args.weights = gate_of(reduce_weight, reduce_bias, expand_weight, expand_bias, channels,
+                         activation, gate_activation);
+  args.gradients = gate_gradients_of(args.weights, reduce_weight_gradient, reduce_bias_gradient,
+                                     expand_weight_gradient, expand_bias_gradient);
+  args.parallel = torch_threads();
+  squeeze_excite_gate_backward_cpu(args);
+}
+
 void silu(Tensor output, Tensor input, int64_t activation) {
   SiluArgs args{};
   args.dtype = dtype_of(input);
@@ -146,6 +204,18 @@ void silu(Tensor output, Tensor input, int64_t activation) {
   args.activation = activation_of(activation);
   args.parallel = torch_threads();
   silu_cpu(args);
+}
+
+void silu_backward(Tensor input_gradient, Tensor upstream, Tensor input, int64_t activation) {
+  SiluBackwardArgs args{};
+  args.dtype = dtype_of(input);
+  args.input = input.const_data_ptr();
+  args.size = input.numel();
+  args.input_gradient = writable("input_gradient", input_gradient, args.dtype, args.size);
+  args.upstream = writable("upstream", upstream, args.dtype, args.size);
+  args.activation = activation_of(activation);
+  args.parallel = torch_threads();
+  silu_backward_cpu(args);
 }
 
 void batch_norm_act(Tensor output, Tensor mean, Tensor var, Tensor input, OptionalTensor weight,
@@ -303,7 +373,22 @@ STABLE_TORCH_LIBRARY(effkernels_cpu, m) {
       "squeeze_excite_gate(Tensor(a!) gate, Tensor mean, Tensor reduce_weight, "
       "Tensor? reduce_bias, Tensor expand_weight, Tensor? expand_bias, int activation, "
       "int gate_activation) -> ()");
+  m.def(
+      "squeeze_excite_backward(Tensor(a!)? input_gradient, Tensor(b!)? reduce_weight_gradient, "
+      "Tensor(c!)? reduce_bias_gradient, Tensor(d!)? expand_weight_gradient, "
+      "Tensor(e!)? expand_bias_gradient, Tensor upstream, Tensor input, Tensor reduce_weight, "
+      "Tensor? reduce_bias, Tensor expand_weight, Tensor? expand_bias, int activation, "
+      "int gate_activation) -> ()");
+  m.def(
+      "squeeze_excite_gate_backward(Tensor(a!)? mean_gradient, "
+      "Tensor(b!)? reduce_weight_gradient, Tensor(c!)? reduce_bias_gradient, "
+      "Tensor(d!)? expand_weight_gradient, Tensor(e!)? expand_bias_gradient, Tensor upstream, "
+      "Tensor mean, Tensor reduce_weight, Tensor? reduce_bias, Tensor expand_weight, "
+      "Tensor? expand_bias, int activation, int gate_activation) -> ()");
   m.def("silu(Tensor(a!) output, Tensor input, int activation) -> ()");
+  m.def(
+      "silu_backward(Tensor(a!) input_gradient, Tensor upstream, Tensor input, "
+      "int activation) -> ()");
   m.def(
       "batch_norm_act(Tensor(a!) output, Tensor(b!) mean, Tensor(c!) var, Tensor input, "
       "Tensor? weight, Tensor? bias, Tensor? residual, bool training, float eps, "
@@ -335,7 +420,10 @@ STABLE_TORCH_LIBRARY_IMPL(effkernels_cpu, CPU, m) {
   m.impl("conv", TORCH_BOX(&effkernels::conv));
   m.impl("squeeze_excite", TORCH_BOX(&effkernels::squeeze_excite));
   m.impl("squeeze_excite_gate", TORCH_BOX(&effkernels::squeeze_excite_gate));
+  m.impl("squeeze_excite_backward", TORCH_BOX(&effkernels::squeeze_excite_backward));
+  m.impl("squeeze_excite_gate_backward", TORCH_BOX(&effkernels::squeeze_excite_gate_backward));
   m.impl("silu", TORCH_BOX(&effkernels::silu));
+  m.impl("silu_backward", TORCH_BOX(&effkernels::silu_backward));
   m.impl("batch_norm_act", TORCH_BOX(&effkernels::batch_norm_act));
   m.impl("batch_norm_act_backward", TORCH_BOX(&effkernels::batch_norm_act_backward));
   m.impl("depthwise_separable_conv", TORCH_BOX(&effkernels::depthwise_separable_conv));

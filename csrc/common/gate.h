@@ -46,38 +46,56 @@ inline void activate_row(float* values, const float* bias, int64_t count, Activa
   }
 }
 
-// gate[channels] from mean[channels]. Reads both weight matrices once, along their rows: the
-// expanding one comes transposed, and its rows are added up four at a time.
-inline void gate_row(const SqueezeExciteWeights& w, const float* mean, float* gate) {
-  float* hidden = scratch(ScratchUse::kPanelRows, static_cast<size_t>(w.reduced));
+constexpr int64_t kRowChain = 64;  // rows added up in one chain of fma: rounds like its root
+
+// out[c] = sum over r < count of factors[r * stride] * rows[r * columns + c]; without factors they
+// are 1. Four vectors of columns go down the rows side by side.
+inline void add_rows(const float* factors, int64_t stride, const float* rows, int64_t count,
+                     int64_t columns, float* out) {
+  const auto group = [&](int64_t c, auto vectors, int64_t n) EFFKERNELS_LAMBDA_INLINE {
+    constexpr int kVectors = decltype(vectors)::value;
+    const auto load = [n](const float* p) EFFKERNELS_LAMBDA_INLINE {
+      return n == Vec::size ? Vec::load(p) : Vec::load(p, n);
+    };
+    for (int64_t begin = 0; begin == 0 || begin < count; begin += kRowChain) {
+      Vec sums[kVectors];
+      for (Vec& sum : sums) sum = Vec::set1(0.0f);
+      for (int64_t r = begin; r < min_of(count, begin + kRowChain); r++) {
+        const Vec factor = Vec::set1(factors == nullptr ? 1.0f : factors[r * stride]);
+        const float* row = rows + r * columns + c;
+        for (int v = 0; v < kVectors; v++) {
+          sums[v] = fma(factor, load(row + v * Vec::size), sums[v]);
+        }
+      }
+      for (int v = 0; v < kVectors; v++) {
+        float* to = out + c + v * Vec::size;
+        store_first(begin == 0 ? sums[v] : sums[v] + load(to), to, n);
+      }
+    }
+  };
+  int64_t c = 0;
+  for (; c + 4 * Vec::size <= columns; c += 4 * Vec::size) {
+    group(c, std::integral_constant<int, 4>{}, Vec::size);
+  }
+  for (; c < columns; c += Vec::size) {
+    group(c, std::integral_constant<int, 1>{}, min_of(columns - c, Vec::size));
+  }
+}
+
+// Before the activation: reduce_weight * mean, without the bias.
+inline void reduce_row(const SqueezeExciteWeights& w, const float* mean, float* hidden) {
   for (int64_t r = 0; r < w.reduced; r++) {
     hidden[r] = dot(mean, w.reduce_weight + r * w.channels, w.channels);
   }
+}
+
+// gate[channels] from mean[channels]. Reads both weight matrices once, along their rows: the
+// expanding one comes transposed.
+inline void gate_row(const SqueezeExciteWeights& w, const float* mean, float* gate) {
+  float* hidden = scratch(ScratchUse::kPanelRows, static_cast<size_t>(w.reduced));
+  reduce_row(w, mean, hidden);
   activate_row(hidden, w.reduce_bias, w.reduced, w.activation);
-  constexpr int64_t kVecs = 4;
-  for (int64_t c = 0; c < w.channels; c += kVecs * Vec::size) {
-    Vec sums[kVecs];
-    for (Vec& sum : sums) sum = Vec::set1(0.0f);
-    const int64_t left = w.channels - c;
-    for (int64_t r = 0; r < w.reduced; r++) {
-      const Vec h = Vec::set1(hidden[r]);
-      const float* row = w.expand_weight + r * w.channels + c;
-      if (left >= kVecs * Vec::size) {
-#pragma GCC unroll 4
-        for (int v = 0; v < kVecs; v++) {
-          sums[v] = fma(h, Vec::load(row + v * Vec::size), sums[v]);
-        }
-      } else {
-        for (int v = 0; v < kVecs && v * Vec::size < left; v++) {
-          const int64_t n = min_of(left - v * Vec::size, Vec::size);
-          sums[v] = fma(h, Vec::load(row + v * Vec::size, n), sums[v]);
-        }
-      }
-    }
-    for (int v = 0; v < kVecs && v * Vec::size < left; v++) {
-      store_first(sums[v], gate + c + v * Vec::size, min_of(left - v * Vec::size, Vec::size));
-    }
-  }
+  add_rows(hidden, 1, w.expand_weight, w.reduced, w.channels, gate);
   activate_row(gate, w.expand_bias, w.channels, w.gate_activation);
 }
 

@@ -94,6 +94,14 @@ struct SqueezeExciteWeights {
   Activation gate_activation = Activation::sigmoid;
 };
 
+// Gradients of those weights; null pointers leave theirs out.
+struct SqueezeExciteGradients {
+  float* reduce_weight = nullptr;  // [reduced, channels]
+  float* reduce_bias = nullptr;    // [reduced]
+  float* expand_weight = nullptr;  // [reduced, channels]: transposed
+  float* expand_bias = nullptr;    // [channels]
+};
+
 // How a kernel asks for threads: `run` calls body(context, begin, end) on disjoint ranges that
 // cover [0, tasks). The bindings hand in torch's own pool.
 struct Parallel {

@@ -14,6 +14,17 @@ struct SiluArgs {
   Parallel parallel;
 };
 
+struct SiluBackwardArgs {
+  DType dtype;           // of all tensors
+  void* input_gradient;  // [size]
+  const void* upstream;  // [size]: gradient for the output
+  const void* input;     // [size]
+  int64_t size;
+  Activation activation;
+  Parallel parallel;
+};
+
 EFFKERNELS_OP(silu, SiluArgs)
+EFFKERNELS_OP(silu_backward, SiluBackwardArgs)
 
 }  // namespace effkernels

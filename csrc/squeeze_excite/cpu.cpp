@@ -3,7 +3,7 @@
 //
 // Layout NHWC. The gate reads 2 * reduced * channels weights once per image (common/gate.h). The
 // whole op reads the input twice, for the mean and for the product, and writes once.
-#include "common/gate.h"
+#include "common/gate_gradient.h"
 #include "common/reduce.h"
 #include "squeeze_excite/squeeze_excite.h"
 
@@ -68,6 +68,123 @@ void run(const SqueezeExciteArgs& args) {
   });
 }
 
+// ---- Backward
+
+constexpr int64_t kSumRows = 16;  // added up before they join their block's sum: rounds less
+constexpr int kGroup = 4;  // vectors of channels side by side: whole cache lines of every row
+
+// sums = {sum of input, sum of upstream * input} over rows of pixels, [2, channels].
+template <class T>
+void gradient_sums(const T* upstream, const T* input, int64_t rows, int64_t channels, float* sums) {
+  const auto group = [&](int64_t c, auto vectors, int64_t n) EFFKERNELS_LAMBDA_INLINE {
+    constexpr int kVectors = decltype(vectors)::value;
+    const auto load = [n](const T* p) EFFKERNELS_LAMBDA_INLINE {
+      return n == Vec::size ? Vec::load(p) : load_first(p, n);
+    };
+    for (int64_t begin = 0; begin < rows; begin += kSumRows) {
+      Vec totals[kVectors], products[kVectors];
+      for (int v = 0; v < kVectors; v++) totals[v] = products[v] = Vec::set1(0.0f);
+      for (int64_t r = begin; r < min_of(rows, begin + kSumRows); r++) {
+        for (int v = 0; v < kVectors; v++) {
+          const int64_t at = r * channels + c + v * Vec::size;
+          const Vec x = load(input + at);
+          totals[v] = totals[v] + x;
+          products[v] = fma(load(upstream + at), x, products[v]);
+        }
+      }
+      const auto add = [n, begin](Vec x, float* p) EFFKERNELS_LAMBDA_INLINE {
+        store_first(begin == 0 ? x : x + Vec::load(p, n), p, n);
+      };
+      for (int v = 0; v < kVectors; v++) {
+        add(totals[v], sums + c + v * Vec::size);
+        add(products[v], sums + channels + c + v * Vec::size);
+      }
+    }
+  };
+  int64_t c = 0;
+  for (; c + kGroup * Vec::size <= channels; c += kGroup * Vec::size) {
+    group(c, std::integral_constant<int, kGroup>{}, Vec::size);
+  }
+  for (; c < channels; c += Vec::size) {
+    group(c, std::integral_constant<int, 1>{}, min_of(channels - c, Vec::size));
+  }
+}
+
+// to = upstream * gate + offset over rows of pixels; gate and offset are [channels].
+template <class T>
+void gradient_rows(const T* upstream, const float* gate, const float* offset, int64_t rows,
+                   int64_t channels, T* to) {
+  for (int64_t r = 0; r < rows; r++, upstream += channels, to += channels) {
+    int64_t c = 0;
+    for (; c + Vec::size <= channels; c += Vec::size) {
+      fma(Vec::load(upstream + c), Vec::load(gate + c), Vec::load(offset + c)).store(to + c);
+    }
+    if (c < channels) {
+      const int64_t n = channels - c;
+      const Vec x = load_first(upstream + c, n);
+      store_first(fma(x, Vec::load(gate + c, n), Vec::load(offset + c, n)), to + c, n);
+    }
+  }
+}
+
+template <class T>
+void differentiate(const SqueezeExciteBackwardArgs& args) {
+  const Images& in = args.in;
+  const SqueezeExciteWeights& w = args.weights;
+  const int64_t channels = in.channels, pixels = in.pixels();
+  const int64_t blocks = ceil_div(pixels, kPixelBlock), vectors = in.count * channels;
+  const T* upstream = static_cast<const T*>(args.upstream);
+  const T* input = static_cast<const T*>(args.input);
+  T* input_gradient = static_cast<T*>(args.input_gradient);
+  // Of every image its sums by blocks, [2, channels] each, and what comes of them
+  float* sums =
+      scratch(ScratchUse::kBlock, static_cast<size_t>(2 * blocks * vectors + 2 * vectors +
+                                                      2 * vectors + GateWork::size(w, in.count)));
+  float* totals = sums + 2 * blocks * vectors;  // [count, 2, channels]
+  float* means = totals + 2 * vectors;
+  float* gates = means + vectors;
+  const GateWork work = GateWork::in(gates + vectors, w, in.count);
+
+  const auto image = [&](int64_t n, const Parallel& parallel) {
+    float* parts = sums + 2 * n * blocks * channels;
+    float* total = totals + 2 * n * channels;
+    float* offset = total;  // once it has become the mean
+    const auto each_block = [&](auto&& body) {
+      parallel_for(parallel, blocks, [&](int64_t begin, int64_t end) {
+        for (int64_t b = begin; b < end; b++) {
+          const int64_t first = b * kPixelBlock;
+          body(b, (n * pixels + first) * channels, min_of(kPixelBlock, pixels - first));
+        }
+      });
+    };
+    each_block([&](int64_t b, int64_t start, int64_t rows) {
+      gradient_sums(upstream + start, input + start, rows, channels, parts + 2 * b * channels);
+    });
+    reduce_rows(parts, blocks, 2 * channels, 1.0f, total);
+    const float share = 1.0f / static_cast<float>(pixels);
+    for (int64_t c = 0; c < channels; c++) means[n * channels + c] = total[c] * share;
+    gate_gradient_row(w, means + n * channels, total + channels, n, work,
+                      input_gradient == nullptr ? nullptr : offset, gates + n * channels);
+    if (input_gradient == nullptr) return;
+    for (int64_t c = 0; c < channels; c++) offset[c] *= share;
+    each_block([&](int64_t, int64_t start, int64_t rows) {
+      gradient_rows(upstream + start, gates + n * channels, offset, rows, channels,
+                    input_gradient + start);
+    });
+  };
+  // An image per thread, which is still in its caches when it is read again; else all threads on
+  // one image.
+  const int64_t threads = args.parallel.threads;
+  if (in.count % threads == 0 || in.count >= 4 * threads) {
+    parallel_for(args.parallel, in.count, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; n++) image(n, {1, nullptr});
+    });
+  } else {
+    for (int64_t n = 0; n < in.count; n++) image(n, args.parallel);
+  }
+  gate_weight_gradients(w, means, in.count, work, args.gradients, args.parallel);
+}
+
 }  // namespace
 
 void squeeze_excite_gate(const SqueezeExciteGateArgs& args) {
@@ -81,6 +198,25 @@ void squeeze_excite_gate(const SqueezeExciteGateArgs& args) {
 
 void squeeze_excite(const SqueezeExciteArgs& args) {
   args.dtype == DType::f32 ? run<float>(args) : run<bf16>(args);
+}
+
+void squeeze_excite_gate_backward(const SqueezeExciteGateBackwardArgs& args) {
+  const SqueezeExciteWeights& w = args.weights;
+  const GateWork work =
+      GateWork::in(scratch(ScratchUse::kBlock, static_cast<size_t>(GateWork::size(w, args.count))),
+                   w, args.count);
+  parallel_for(args.parallel, args.count, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; n++) {
+      const int64_t at = n * w.channels;
+      gate_gradient_row(w, args.mean + at, args.upstream + at, n, work,
+                        args.mean_gradient == nullptr ? nullptr : args.mean_gradient + at, nullptr);
+    }
+  });
+  gate_weight_gradients(w, args.mean, args.count, work, args.gradients, args.parallel);
+}
+
+void squeeze_excite_backward(const SqueezeExciteBackwardArgs& args) {
+  args.dtype == DType::f32 ? differentiate<float>(args) : differentiate<bf16>(args);
 }
 
 }  // namespace EFFKERNELS_ISA

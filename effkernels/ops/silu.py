@@ -89,6 +89,6 @@ _op = define(
     "(Tensor input, str activation) -> Tensor",
     reference=_reference,
     fake=_fake,
-    native=Implementation(native.can_run, native.silu),
+    native=Implementation(native.can_run, native.silu, native.silu_backward),
     backward=_backward,
 )

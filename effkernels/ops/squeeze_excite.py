@@ -189,7 +189,9 @@ _op = define(
     f"(Tensor input, {_WEIGHTS}) -> Tensor",
     reference=_reference,
     fake=_fake,
-    native=Implementation(native.can_run, native.squeeze_excite),
+    native=Implementation(
+        native.can_run, native.squeeze_excite, native.squeeze_excite_backward
+    ),
 )
 
 _gate_op = define(
@@ -197,5 +199,7 @@ _gate_op = define(
     f"(Tensor mean, {_WEIGHTS}) -> Tensor",
     reference=gate_reference,
     fake=_gate_fake,
-    native=Implementation(native.can_run, native.squeeze_excite_gate),
+    native=Implementation(
+        native.can_run, native.squeeze_excite_gate, native.squeeze_excite_gate_backward
+    ),
 )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -198,14 +199,91 @@ def test_gradients_without_biases():
     )
 
 
+def with_gradients(op, inputs: Callable[..., Arguments]) -> Callable[..., Arguments]:
+    """``inputs`` with all tensors in one dictionary, as ``gradient_function`` takes them."""
+
+    def changed(case: Case, dtype: torch.dtype, repetition: int = 0) -> Arguments:
+        (first,), named = inputs(case, dtype, repetition)
+        tensors = {NAMED_OPS[op][1][0]: first, **{name: named.pop(name) for name in WEIGHTS}}
+        none = [name for name, value in tensors.items() if value is None]
+        named |= {name: tensors.pop(name) for name in none}
+        return (tensors, named), {}
+
+    return changed
+
+
+GRADIENTS = {
+    "whole": with_gradients("whole", arguments),
+    "gate": with_gradients("gate", gate_arguments),
+}
+
+
+@pytest.mark.parametrize("case", pairwise(AXES), ids=str)
+def test_gradients_match_reference(kernels, dtype, case):
+    assert_parity(
+        kernels,
+        gradient_function(ops.squeeze_excite),
+        partial(GRADIENTS["whole"], case, dtype),
+        channels_last=False,
+    )
+
+
+@pytest.mark.parametrize("case", pairwise(GATE_AXES), ids=str)
+def test_gradients_of_the_gate_match_reference(kernels, dtype, case):
+    assert_parity(
+        kernels,
+        gradient_function(ops.squeeze_excite_gate),
+        partial(GRADIENTS["gate"], case, dtype),
+    )
+
+
 @pytest.mark.parametrize("which", NAMED_OPS)
-def test_gradients_after_native_forward(kernels, which):
-    draw = Draw(1)
-    case = Case(channels=24, reduced=6, biases="reduce+expand")
-    op, names = NAMED_OPS[which]
-    first = draw.normal(2, 24) if which == "gate" else draw.activations(2, 24, (5, 7))
-    tensors = {names[0]: first, **weights(case, draw)}
-    assert_matches(gradient_function(op), tensors, {}, backend=kernels)
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_gradients_of_real_layers(kernels, dtype, case, which):
+    assert_parity(
+        kernels,
+        gradient_function(NAMED_OPS[which][0]),
+        partial(GRADIENTS[which], case, dtype),
+        channels_last=False,
+    )
+
+
+@pytest.mark.parametrize("which", NAMED_OPS)
+def test_gradients_of_many_images(kernels, dtype, which):
+    """More than one chain of a sum over images."""
+    case = Case(batch=150, channels=40, reduced=9, size=(2, 3), biases="reduce+expand")
+    assert_parity(
+        kernels,
+        gradient_function(NAMED_OPS[which][0]),
+        partial(GRADIENTS[which], case, dtype),
+        channels_last=False,
+    )
+
+
+@pytest.mark.parametrize("which", NAMED_OPS)
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_threads_agree_on_gradients(native_kernels, dtype, case, which):
+    assert_threads_agree(gradient_function(NAMED_OPS[which][0]), GRADIENTS[which](case, dtype))
+
+
+@pytest.mark.parametrize("which", NAMED_OPS)
+@pytest.mark.parametrize("channels,reduced", [(1, 1), (16, 4), (17, 3), (49, 17), (65, 33)])
+def test_gradients_keep_memory(native_kernels, dtype, monkeypatch, channels, reduced, which):
+    case = Case(
+        batch=2,
+        channels=channels,
+        reduced=reduced,
+        size=(3, 5),
+        biases="reduce+expand",
+        layout="channels_last",
+    )
+    run = gradient_function(NAMED_OPS[which][0])
+    (tensors, options), _ = GRADIENTS[which](case, dtype)
+
+    def function(*values: torch.Tensor, **named):
+        return run(dict(zip(tensors, values, strict=True)), named)
+
+    assert_memory_kept(monkeypatch, function, (tuple(tensors.values()), options))
 
 
 @pytest.mark.parametrize("which", NAMED_OPS)
