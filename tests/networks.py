@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -103,7 +103,7 @@ def _largest_error(actual: Tensor, reference: Tensor) -> float:
 def assert_networks_agree(
     ours: nn.Module,
     theirs: nn.Module,
-    image: Tensor,
+    image: Tensor | Sequence[Tensor],
     training: bool = False,
     gradients: bool = True,
     forward: Callable[[nn.Module, Tensor], Tensor] = lambda network, image: network(image),
@@ -113,16 +113,17 @@ def assert_networks_agree(
     Compares outputs, gradients of the input and of every parameter, and after training the
     running statistics, with those of ``theirs`` in float64. PyTorch sums in another order in
     channels_last than in NCHW; the baseline is whichever is less accurate. Runs on copies.
+    Several images (batches) are run one after the other and judged together.
     """
+    images = [image] if isinstance(image, Tensor) else list(image)
     exact = copy.deepcopy(theirs).double()
-    due = _run(exact, image.double(), training, gradients, forward)
+    due = _run(exact, [x.double() for x in images], training, gradients, forward)
     baselines = []
     for layout in (torch.contiguous_format, torch.channels_last):
         stock = copy.deepcopy(theirs).to(memory_format=layout)
-        baselines.append(
-            _run(stock, image.contiguous(memory_format=layout), training, gradients, forward)
-        )
-    got = _run(copy.deepcopy(ours), image, training, gradients, forward)
+        converted = [x.contiguous(memory_format=layout) for x in images]
+        baselines.append(_run(stock, converted, training, gradients, forward))
+    got = _run(copy.deepcopy(ours), images, training, gradients, forward)
     assert got.keys() == due.keys()
     for name, expected in due.items():
         exact_values = _pooled(expected, expected)
@@ -151,32 +152,37 @@ def _pooled(tensors: list[Tensor], expected: list[Tensor]) -> Tensor:
 
 def _run(
     network: nn.Module,
-    image: Tensor,
+    images: Sequence[Tensor],
     training: bool,
     gradients: bool,
     forward: Callable[[nn.Module, Tensor], Tensor],
 ) -> dict[str, list[Tensor]]:
-    """Everything that a forward and a backward pass yield, by kind."""
+    """Everything that a forward and a backward pass of each batch yield, by kind."""
     network.train(training)
-    network.zero_grad(set_to_none=True)
     torch.manual_seed(7)  # the same samples are dropped
-    input = image.detach().clone().requires_grad_(gradients)
-    with torch.set_grad_enabled(gradients):
-        output = forward(network, input)
-    assert output.dtype == image.dtype
-    found = {"output": [output.detach()]}
-    if gradients:
-        torch.manual_seed(11)
-        output.backward(torch.randn(output.shape).to(output.dtype))
-        assert input.grad is not None
-        found["gradient of the input"] = [input.grad]
-        for name, parameter in network.named_parameters():
-            assert parameter.grad is not None, f"{name} got no gradient"
-            kind = "vectors" if parameter.dim() == 1 else "weights"
-            found.setdefault(f"gradients of {kind}", []).append(parameter.grad)
-    if training:
-        for norm in batch_norms(network):
-            for kind in ("running_mean", "running_var", "num_batches_tracked"):
-                value = getattr(norm, kind).detach().clone()
-                found.setdefault(kind, []).append(value.double().reshape(-1))
+    found: dict[str, list[Tensor]] = {}
+
+    def note(kind: str, value: Tensor) -> None:
+        found.setdefault(kind, []).append(value)
+
+    for index, image in enumerate(images):
+        network.zero_grad(set_to_none=True)
+        input = image.detach().clone().requires_grad_(gradients)
+        with torch.set_grad_enabled(gradients):
+            output = forward(network, input)
+        assert output.dtype == image.dtype
+        note("output", output.detach())
+        if gradients:
+            generator = torch.Generator().manual_seed(11 + index)
+            output.backward(torch.randn(output.shape, generator=generator).to(output.dtype))
+            assert input.grad is not None
+            note("gradient of the input", input.grad)
+            for name, parameter in network.named_parameters():
+                assert parameter.grad is not None, f"{name} got no gradient"
+                kind = "vectors" if parameter.dim() == 1 else "weights"
+                note(f"gradients of {kind}", parameter.grad)
+        if training:
+            for norm in batch_norms(network):
+                for kind in ("running_mean", "running_var", "num_batches_tracked"):
+                    note(kind, getattr(norm, kind).detach().clone().double().reshape(-1))
     return found
