@@ -153,9 +153,7 @@ def mbconv_training(
             gate_activation,
         )
     projected, project_mean, project_var = product(hidden, project_weight, norm, gate)
-    norm = _norm(
-        project_mean, project_var, project_norm_weight, project_norm_bias, eps[2], "none"
-    )
+    norm = _norm(project_mean, project_var, project_norm_weight, project_norm_bias, eps[2], "none")
     output = empty_nhwc(input, outputs, *size)
     kernels.mbconv_training_finish(
         output,
@@ -184,15 +182,11 @@ def differentiates(arguments: Sequence[Any], gradients: Sequence[Tensor | None])
     """Whether :func:`mbconv_training_backward` is for this call: the output's gradient alone."""
     keep = arguments[14]
     learned = keep is not None and keep.requires_grad
-    return gradients[0] is not None and not learned and not any(
-        gradient is not None for gradient in gradients[1:]
+    return (
+        gradients[0] is not None
+        and not learned
+        and not any(gradient is not None for gradient in gradients[1:])
     )
-
-
-def _gate_backward(arguments, needed, saved, gradients):
-    from .ops.squeeze_excite import gate_reference
-    from .dispatch import _differentiate
-    return _differentiate(gate_reference, arguments, needed, gradients)
 
 
 def mbconv_training_backward(
@@ -287,7 +281,7 @@ def mbconv_training_backward(
     offset = None
     if gate is not None:
         pixels = hidden.shape[2] * hidden.shape[3]
-        for_pooled, *results[7:11] = _gate_backward(
+        for_pooled, *results[7:11] = native.squeeze_excite_gate_backward(
             [pooled, *squeeze, se_activation, gate_activation],
             [True, *needed[7:11], False, False],
             (),
@@ -308,9 +302,7 @@ def mbconv_training_backward(
             coefficients = torch.empty(3, channels)
             results[2:4] = vectors(needed[2:4], channels)
     if needed[4]:
-        for_taps = torch.empty(
-            depthwise_weight[0, 0].numel(), channels, dtype=torch.float32
-        )
+        for_taps = torch.empty(depthwise_weight[0, 0].numel(), channels, dtype=torch.float32)
     results[5:7] = vectors(needed[5:7], channels)
     before = _before(values_norm)
     kernels.mbconv_training_depthwise_backward(

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from ..modules.block import Block, train_block
 from ..modules.fused import (
     ConvNorm,
     activation_name,
@@ -32,6 +33,23 @@ class Accelerated(Planned):
         if self.training or len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
             return super().forward(*args, **kwargs)
         return self.planned(super().forward, args[0])
+
+
+class AcceleratedBlock(Accelerated):
+    """An inverted residual: in training one op where possible."""
+
+    def as_block(self) -> Block | None:
+        """The block as modules; None: it must be called."""
+        raise NotImplementedError
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original's."""
+        if self.training and len(args) == 1 and not kwargs:
+            block = self.as_block()
+            trained = None if block is None else train_block(block, args[0])
+            if trained is not None:
+                return trained
+        return super().forward(*args, **kwargs)
 
 
 class AcceleratedNormAct(Accelerated):

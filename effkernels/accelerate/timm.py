@@ -3,25 +3,21 @@ MixNet, FBNet, TinyNet; and its ResNets.
 """
 # ruff: noqa: D101 -- every class here is timm's of the same name
 
-from timm.layers import norm_act
+from collections.abc import Sequence
+from typing import Any
+
+from timm.layers import drop, norm_act
 from timm.models import _efficientnet_blocks, efficientnet, mobilenetv3, resnet
+from torch import nn
 
-from .kinds import Accelerated, AcceleratedNormAct
-
-
-class InvertedResidual(Accelerated, _efficientnet_blocks.InvertedResidual):
-    pass
-
-
-class DepthwiseSeparableConv(Accelerated, _efficientnet_blocks.DepthwiseSeparableConv):
-    pass
+from ..modules.block import Block
+from ..modules.fused import ConvNorm
+from ..modules.hooks import is_untouched
+from ..modules.squeeze_excite import SqueezeExciteParts
+from .kinds import Accelerated, AcceleratedBlock, AcceleratedNormAct
 
 
-class EdgeResidual(Accelerated, _efficientnet_blocks.EdgeResidual):
-    pass
-
-
-class ConvBnAct(Accelerated, _efficientnet_blocks.ConvBnAct):
+class BatchNormAct2d(AcceleratedNormAct, norm_act.BatchNormAct2d):
     pass
 
 
@@ -29,7 +25,59 @@ class SqueezeExcite(Accelerated, _efficientnet_blocks.SqueezeExcite):
     pass
 
 
-class BatchNormAct2d(AcceleratedNormAct, norm_act.BatchNormAct2d):
+def _stage(conv: nn.Module, norm: nn.Module) -> ConvNorm | None:
+    """The two as the ops take them; None: they must be called."""
+    if not isinstance(conv, nn.Conv2d) or type(norm) is not BatchNormAct2d:
+        return None
+    if type(norm.drop) is not nn.Identity or not is_untouched(norm.drop):
+        return None
+    return ConvNorm(conv, norm, norm.act)
+
+
+def _block(module: Any, stages: Sequence[ConvNorm | None]) -> Block | None:
+    """A block of timm's with these convolutions, an expansion among them or not."""
+    expand, depthwise, project = (None, *stages)[-3:]
+    if depthwise is None or project is None or (len(stages) == 3 and expand is None):
+        return None
+    aside = module.aa if module.conv_s2d is None else module.conv_s2d
+    if type(aside) is not nn.Identity or not is_untouched(aside):
+        return None
+    squeeze, probability = None, 0.0
+    if type(module.se) is SqueezeExcite and is_untouched(module.se):
+        se = module.se
+        squeeze = SqueezeExciteParts(se.conv_reduce, se.act1, se.conv_expand, se.gate)
+    elif type(module.se) is not nn.Identity or not is_untouched(module.se):
+        return None
+    path = module.drop_path
+    if module.has_skip and type(path) is drop.DropPath:
+        if not is_untouched(path) or not path.scale_by_keep:
+            return None
+        probability = path.drop_prob if path.training else 0.0
+    elif module.has_skip and (type(path) is not nn.Identity or not is_untouched(path)):
+        return None
+    return Block(expand, depthwise, project, squeeze, module.has_skip, probability)
+
+
+class InvertedResidual(AcceleratedBlock, _efficientnet_blocks.InvertedResidual):
+    def as_block(self) -> Block | None:
+        """As :class:`AcceleratedBlock` says."""
+        expand = _stage(self.conv_pw, self.bn1)
+        return _block(
+            self, (expand, _stage(self.conv_dw, self.bn2), _stage(self.conv_pwl, self.bn3))
+        )
+
+
+class DepthwiseSeparableConv(AcceleratedBlock, _efficientnet_blocks.DepthwiseSeparableConv):
+    def as_block(self) -> Block | None:
+        """As :class:`AcceleratedBlock` says."""
+        return _block(self, (_stage(self.conv_dw, self.bn1), _stage(self.conv_pw, self.bn2)))
+
+
+class EdgeResidual(Accelerated, _efficientnet_blocks.EdgeResidual):
+    pass
+
+
+class ConvBnAct(Accelerated, _efficientnet_blocks.ConvBnAct):
     pass
 
 

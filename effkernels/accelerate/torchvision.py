@@ -1,14 +1,86 @@
 """torchvision's EfficientNets (V1, V2), MobileNets, MNASNet and ResNets."""
 # ruff: noqa: D101 -- every class here is torchvision's of the same name
 
+from torch import nn
 from torchvision.models import efficientnet, mnasnet, mobilenetv2, mobilenetv3, resnet
-from torchvision.ops import misc
+from torchvision.ops import StochasticDepth, misc
 
-from .kinds import Accelerated, AcceleratedConvNormAct
+from ..modules.block import Block
+from ..modules.fused import ConvNorm, activation_name
+from ..modules.hooks import is_untouched
+from ..modules.mbconv import NO_ACTIVATION
+from ..modules.squeeze_excite import SqueezeExciteParts
+from .kinds import Accelerated, AcceleratedBlock, AcceleratedConvNormAct
 
 
-class MBConv(Accelerated, efficientnet.MBConv):
+class Conv2dNormActivation(AcceleratedConvNormAct, misc.Conv2dNormActivation):
     pass
+
+
+class SqueezeExcitation(Accelerated, misc.SqueezeExcitation):
+    def parts(self) -> SqueezeExciteParts | None:
+        """Its children; None: it must be called."""
+        pool = self.avgpool
+        whole = type(pool) is nn.AdaptiveAvgPool2d and pool.output_size == 1
+        if not whole or not is_untouched(pool) or not is_untouched(self):
+            return None
+        return SqueezeExciteParts(self.fc1, self.activation, self.fc2, self.scale_activation)
+
+
+CONTAINERS = (nn.Sequential, misc.Conv2dNormActivation, Conv2dNormActivation)
+
+
+def _leaves(container: nn.Module) -> list[nn.Module] | None:
+    """What ``container`` calls one after the other; None: somebody wants to see it called."""
+    if not is_untouched(container):
+        return None
+    found: list[nn.Module] = []
+    for child in container.children():
+        if type(child) not in CONTAINERS:
+            found.append(child)
+            continue
+        inside = _leaves(child)
+        if inside is None:
+            return None
+        found += inside
+    return found
+
+
+def _block(container: nn.Module, residual: bool, drop_path: float = 0.0) -> Block | None:
+    """The block whose convolutions, norms and activations ``container`` calls."""
+    stages: list[ConvNorm] = []
+    squeeze = None
+    modules = _leaves(container) or []
+    while modules:
+        if len(stages) > 0 and squeeze is None and type(modules[0]) is SqueezeExcitation:
+            squeeze = modules.pop(0).parts()  # type: ignore[operator]
+            if squeeze is None:
+                return None
+        if len(modules) < 2:
+            return None
+        conv, norm, *modules = modules
+        if not isinstance(conv, nn.Conv2d) or type(norm) is not nn.BatchNorm2d:
+            return None
+        activation: nn.Module = NO_ACTIVATION
+        if modules and activation_name(modules[0]) is not None:
+            activation, *modules = modules
+        stages.append(ConvNorm(conv, norm, activation))
+    if len(stages) not in (2, 3):
+        return None
+    expand = stages[0] if len(stages) == 3 else None
+    return Block(expand, *stages[-2:], squeeze, residual, drop_path)
+
+
+class MBConv(AcceleratedBlock, efficientnet.MBConv):
+    def as_block(self) -> Block | None:
+        """As :class:`AcceleratedBlock` says."""
+        depth = self.stochastic_depth
+        if type(depth) is not StochasticDepth or not is_untouched(depth):
+            return None
+        probability = depth.p if self.use_res_connect and depth.training else 0.0
+        if probability > 0.0 and depth.mode != "row":
+            return None
+        return _block(self.block, self.use_res_connect, probability)
 
 
 class FusedMBConv(Accelerated, efficientnet.FusedMBConv):
@@ -19,24 +91,30 @@ class EfficientNet(Accelerated, efficientnet.EfficientNet):
     pass
 
 
-class MobileNetV2Block(Accelerated, mobilenetv2.InvertedResidual):
-    pass
+class MobileNetV2Block(AcceleratedBlock, mobilenetv2.InvertedResidual):
+    def as_block(self) -> Block | None:
+        """As :class:`AcceleratedBlock` says."""
+        return _block(self.conv, self.use_res_connect)
 
 
 class MobileNetV2(Accelerated, mobilenetv2.MobileNetV2):
     pass
 
 
-class MobileNetV3Block(Accelerated, mobilenetv3.InvertedResidual):
-    pass
+class MobileNetV3Block(AcceleratedBlock, mobilenetv3.InvertedResidual):
+    def as_block(self) -> Block | None:
+        """As :class:`AcceleratedBlock` says."""
+        return _block(self.block, self.use_res_connect)
 
 
 class MobileNetV3(Accelerated, mobilenetv3.MobileNetV3):
     pass
 
 
-class MNASNetBlock(Accelerated, mnasnet._InvertedResidual):
-    pass
+class MNASNetBlock(AcceleratedBlock, mnasnet._InvertedResidual):
+    def as_block(self) -> Block | None:
+        """As :class:`AcceleratedBlock` says."""
+        return _block(self.layers, self.apply_residual)
 
 
 class MNASNet(Accelerated, mnasnet.MNASNet):
@@ -52,14 +130,6 @@ class Bottleneck(Accelerated, resnet.Bottleneck):
 
 
 class ResNet(Accelerated, resnet.ResNet):
-    pass
-
-
-class SqueezeExcitation(Accelerated, misc.SqueezeExcitation):
-    pass
-
-
-class Conv2dNormActivation(AcceleratedConvNormAct, misc.Conv2dNormActivation):
     pass
 
 

@@ -8,24 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..dispatch import runs_on
 from . import arguments
+from .block import Block, block_arguments, kept, train_block
 from .conv_norm_act import same_or_own_padding
 from .fused import (
     ConvNorm,
-    activation_name,
     autocast_dtype,
-    cast_weight,
     conv_norm_act,
-    convolution_kind,
     fold,
     is_plain_norm,
-    norm_parameters,
     uses_batch_statistics,
 )
 from .hooks import has_global_hooks, is_untouched
 from .plan import Planned
-from .squeeze_excite import NO_SQUEEZE_EXCITE, SqueezeExcite, fused_squeeze_excite
+from .squeeze_excite import SqueezeExcite, squeeze_excite_parts
 
 __all__ = ["DepthwiseSeparableConv", "MBConv", "drop_path"]
 
@@ -38,14 +34,7 @@ def drop_path(input: Tensor, probability: float) -> Tensor:
 
     Stochastic depth (Huang et al., 2016) per sample; [N, ...] -> [N, ...].
     """
-    kept = _kept(input, probability)
-    return input * kept.view(-1, *(1,) * (input.dim() - 1))
-
-
-def _kept(input: Tensor, probability: float) -> Tensor:
-    """What :func:`drop_path` multiplies each sample with, [N]."""
-    keep = 1.0 - probability
-    return input.new_empty(input.shape[0]).bernoulli_(keep).div_(keep)
+    return input * kept(input, probability).view(-1, *(1,) * (input.dim() - 1))
 
 
 class MBConv(Planned):
@@ -155,8 +144,9 @@ class MBConv(Planned):
         whole = None if dropping or has_global_hooks() else self._whole_block(dtype)
         if whole is not None:
             return ops.mbconv(input if dtype is None else input.to(dtype), *whole)
-        if self.training and not has_global_hooks() and torch.is_grad_enabled():
-            trained = self._training_block(input, dtype, dropping)
+        if all(is_plain_norm(stage.norm) for stage in self.conv_norms()):
+            block = self._block_of_modules(dropping)
+            trained = None if block is None else train_block(block, input)
             if trained is not None:
                 return trained
         hidden = input if expand is None else conv_norm_act(input, expand)
@@ -186,6 +176,16 @@ class MBConv(Planned):
             ConvNorm(self.conv_pw, self.bn2, NO_ACTIVATION),
         )
 
+    def _block_of_modules(self, dropping: bool = False) -> Block | None:
+        """The block's children; None if its squeeze-and-excitation must be called."""
+        squeeze = None
+        if type(self.se) is not nn.Identity or not is_untouched(self.se):
+            squeeze = squeeze_excite_parts(self.se)
+            if squeeze is None:
+                return None
+        probability = self.drop_path if dropping else 0.0
+        return Block(*self._stages(), squeeze, self.has_residual, probability)
+
     def _whole_block(
         self, dtype: torch.dtype | None
     ) -> tuple[ops.MBConvParameters, ops.MBConvGeometry] | None:
@@ -194,16 +194,16 @@ class MBConv(Planned):
         None if the block has to go stage by stage.
         """
         expand, depthwise, project = self._stages()
-        if not (
-            _fusible(project, "pointwise")
-            and _fusible(depthwise, "depthwise")
-            and (expand is None or _fusible(expand, "pointwise"))
+        if any(
+            not is_plain_norm(stage.norm) or uses_batch_statistics(stage.norm)
+            for stage in self.conv_norms()
         ):
             return None
-        parts = self._fused_parts(dtype)
-        if parts is None:
+        block = self._block_of_modules()
+        arguments = None if block is None else block_arguments(block, dtype)
+        if arguments is None:
             return None
-        weights, geometry = parts
+        weights, geometry = arguments
         expand_scale = expand_bias = None
         if expand is not None:
             expand_scale, expand_bias = fold(expand.conv, expand.norm)
@@ -218,79 +218,6 @@ class MBConv(Planned):
             project_bias=project_bias,
         )
         return parameters, geometry
-
-    def _fused_parts(
-        self, dtype: torch.dtype | None
-    ) -> tuple[ops.MBConvParameters, ops.MBConvGeometry] | None:
-        """The block's weights without its BatchNorms, and its geometry, as the ops take them.
-
-        None if an activation or squeeze-and-excitation is not one that the ops know.
-        """
-        expand, depthwise, project = self._stages()
-        activation = activation_name(depthwise.activation)
-        if activation is None:
-            return None
-        if expand is not None and activation_name(expand.activation) != activation:
-            return None
-        squeeze = NO_SQUEEZE_EXCITE
-        if type(self.se) is not nn.Identity or not is_untouched(self.se):
-            fused = fused_squeeze_excite(self.se, dtype)
-            if fused is None:
-                return None
-            squeeze = fused
-        conv = depthwise.conv
-        parameters = ops.MBConvParameters(
-            cast_weight(conv.weight, dtype),
-            cast_weight(project.conv.weight, dtype),
-            None if expand is None else cast_weight(expand.conv.weight, dtype),
-            se_reduce_weight=squeeze.reduce_weight,
-            se_reduce_bias=squeeze.reduce_bias,
-            se_expand_weight=squeeze.expand_weight,
-            se_expand_bias=squeeze.expand_bias,
-        )
-        geometry = ops.MBConvGeometry(
-            (conv.stride[0], conv.stride[1]),
-            conv.padding if depthwise.same is None else "same",
-            (conv.dilation[0], conv.dilation[1]),
-            self.has_residual,
-            activation,
-            squeeze.activation,
-            squeeze.gate_activation,
-        )
-        return parameters, geometry
-
-    def _training_block(
-        self, input: Tensor, dtype: torch.dtype | None, dropping: bool
-    ) -> Tensor | None:
-        """The block as one op with the batch's statistics, which keeps little for the backward
-        pass; None if it has to go stage by stage, as it does without Triton's kernels."""
-        stages = self._stages()
-        if runs_on("mbconv_training", "reference", input):
-            return None  # op by op PyTorch's own formulas are the faster
-        for stage, kind in zip(stages, ("pointwise", "depthwise", "pointwise"), strict=True):
-            if stage is None:
-                continue
-            if convolution_kind(stage.conv) != kind or stage.conv.bias is not None:
-                return None
-            if not is_plain_norm(stage.norm) or not uses_batch_statistics(stage.norm):
-                return None
-        parts = self._fused_parts(dtype)
-        if parts is None:
-            return None
-        expand, depthwise, project = (
-            None if stage is None else norm_parameters(stage.norm)  # type: ignore[arg-type]
-            for stage in stages
-        )
-        assert depthwise is not None and project is not None
-        return ops.mbconv_training(
-            input if dtype is None else input.to(dtype),
-            parts[0],
-            expand,
-            depthwise,
-            project,
-            parts[1],
-            _kept(input, self.drop_path).float() if dropping else None,
-        )
 
     def extra_repr(self) -> str:
         return f"residual={self.has_residual}, drop_path={self.drop_path:g}"
@@ -330,11 +257,3 @@ class DepthwiseSeparableConv(MBConv):
 
 
 NO_ACTIVATION = nn.Identity()  # the projection is linear
-
-
-def _fusible(stage: ConvNorm, kind: str) -> bool:
-    return (
-        convolution_kind(stage.conv) == kind
-        and is_plain_norm(stage.norm)
-        and not uses_batch_statistics(stage.norm)
-    )

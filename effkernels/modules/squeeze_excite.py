@@ -55,7 +55,7 @@ class SqueezeExcite(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, H, W]."""
         dtype = autocast_dtype(input)
-        fused = None if has_global_hooks() else _fused_children(self, dtype)
+        fused = None if has_global_hooks() else fuse_squeeze_excite(_parts(self), dtype)
         if fused is None:
             mean = input.mean((2, 3), keepdim=True)
             return input * self.gate(self.conv_expand(self.act1(self.conv_reduce(mean))))
@@ -69,6 +69,15 @@ class SqueezeExcite(nn.Module):
             fused.activation,
             fused.gate_activation,
         )
+
+
+class SqueezeExciteParts(NamedTuple):
+    """Squeeze-and-excitation as modules, whatever they are called."""
+
+    reduce: nn.Conv2d
+    activation: nn.Module
+    expand: nn.Conv2d
+    gate: nn.Module
 
 
 class FusedSqueezeExcite(NamedTuple):
@@ -85,25 +94,31 @@ class FusedSqueezeExcite(NamedTuple):
 NO_SQUEEZE_EXCITE = FusedSqueezeExcite(None, None, None, None, "none", "sigmoid")
 
 
-def fused_squeeze_excite(module: nn.Module, dtype: torch.dtype | None) -> FusedSqueezeExcite | None:
-    """``module`` for the ops, weights in ``dtype``; None: it or its children must be called."""
+def squeeze_excite_parts(module: nn.Module) -> SqueezeExciteParts | None:
+    """``module``'s children; None: it must be called."""
     if type(module) is not SqueezeExcite or not is_untouched(module):
         return None
-    return _fused_children(module, dtype)
+    return _parts(module)
 
 
-def _fused_children(module: SqueezeExcite, dtype: torch.dtype | None) -> FusedSqueezeExcite | None:
-    reduce, expand = module.conv_reduce, module.conv_expand
-    activation, gate = activation_name(module.act1), activation_name(module.gate)
+def _parts(module: SqueezeExcite) -> SqueezeExciteParts:
+    return SqueezeExciteParts(module.conv_reduce, module.act1, module.conv_expand, module.gate)
+
+
+def fuse_squeeze_excite(
+    parts: SqueezeExciteParts, dtype: torch.dtype | None
+) -> FusedSqueezeExcite | None:
+    """``parts`` for the ops, weights in ``dtype``; None: they must be called."""
+    activation, gate = activation_name(parts.activation), activation_name(parts.gate)
     if activation is None or gate is None:
         return None
-    if convolution_kind(reduce) != "pointwise" or convolution_kind(expand) != "pointwise":
+    if any(convolution_kind(conv) != "pointwise" for conv in (parts.reduce, parts.expand)):
         return None
     return FusedSqueezeExcite(
-        cast_weight(reduce.weight, dtype),
-        reduce.bias,
-        cast_weight(expand.weight, dtype),
-        expand.bias,
+        cast_weight(parts.reduce.weight, dtype),
+        parts.reduce.bias,
+        cast_weight(parts.expand.weight, dtype),
+        parts.expand.bias,
         activation,
         gate,
     )

@@ -99,7 +99,8 @@ def mbconv_training(
             check_vector(OP, f"{name}_norm.{vector}", getattr(norm, vector), sizes[name], input)
         if counts[name] == 1:
             raise ValueError(
-                f"{OP}: {name}_norm has one value per channel, training needs more than 1"
+                f"{OP}: {name}_norm: expected more than 1 value per channel when training, "
+                f"got input size {tuple(input.shape)}"
             )
     if keep is not None:
         check_tensor(OP, "keep", keep, 1)
