@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from .fused import (
     autocast_dtype,
     cast_weight,
     convolution_kind,
+    count_batch,
     norm_parameters,
     uses_batch_statistics,
 )
@@ -116,10 +117,9 @@ def train_block(block: Block, input: Tensor) -> Tensor | None:
         return None
 
     def norm(stage: ConvNorm) -> ops.BatchNormParameters:
-        assert isinstance(stage.norm, nn.BatchNorm2d)
-        return norm_parameters(stage.norm)
+        return norm_parameters(cast(nn.BatchNorm2d, stage.norm))
 
-    return ops.mbconv_training(
+    output = ops.mbconv_training(
         input if dtype is None else input.to(dtype),
         arguments[0],
         None if block.expand is None else norm(block.expand),
@@ -128,3 +128,6 @@ def train_block(block: Block, input: Tensor) -> Tensor | None:
         arguments[1],
         kept(input, block.drop_path).float() if block.drop_path > 0.0 else None,
     )
+    for stage, _ in block.stages():
+        count_batch(cast(nn.BatchNorm2d, stage.norm))
+    return output

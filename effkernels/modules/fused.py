@@ -144,13 +144,15 @@ def fold(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor | None, Tensor | None
     return cached(("fold", eps, given), sources, build_plain)
 
 
+def _counts_batches(norm: nn.BatchNorm2d) -> bool:
+    return norm.training and norm.track_running_stats and norm.num_batches_tracked is not None
+
+
 def norm_parameters(norm: nn.BatchNorm2d) -> ops.BatchNormParameters:
-    """``norm`` as the ops take it, for one call, with nn.BatchNorm2d's bookkeeping done."""
+    """``norm`` as the ops take it, for one call; :func:`count_batch` belongs after it."""
     momentum = 0.0 if norm.momentum is None else norm.momentum
-    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if norm.momentum is None:  # cumulative average
-            momentum = 1.0 / float(norm.num_batches_tracked)
+    if norm.momentum is None and _counts_batches(norm):  # cumulative average
+        momentum = 1.0 / (float(norm.num_batches_tracked) + 1.0)  # type: ignore[arg-type]
     update = not norm.training or norm.track_running_stats
     return ops.BatchNormParameters(
         norm.weight,
@@ -162,12 +164,18 @@ def norm_parameters(norm: nn.BatchNorm2d) -> ops.BatchNormParameters:
     )
 
 
+def count_batch(norm: nn.BatchNorm2d) -> None:
+    """nn.BatchNorm2d's bookkeeping for a batch that an op has taken."""
+    if _counts_batches(norm):
+        norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+
+
 def batch_norm_act(
     input: Tensor, norm: nn.BatchNorm2d, activation: str, residual: Tensor | None = None
 ) -> Tensor:
     """activation(norm(input) + residual) as one op, with nn.BatchNorm2d's bookkeeping."""
     weight, bias, running_mean, running_var, momentum, eps = norm_parameters(norm)
-    return ops.batch_norm_act(
+    output = ops.batch_norm_act(
         input,
         weight,
         bias,
@@ -179,6 +187,8 @@ def batch_norm_act(
         activation,
         residual,
     )
+    count_batch(norm)
+    return output
 
 
 def conv_norm_act(
