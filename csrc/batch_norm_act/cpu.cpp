@@ -30,8 +30,7 @@ namespace {
 template <class T>
 void statistics(const BatchNormActArgs& args, int64_t pixels) {
   const int64_t channels = args.in.channels, blocks = ceil_div(pixels, kPixelBlock);
-  float* buffer =
-      scratch(ScratchUse::kBlock, static_cast<size_t>(moments_size(blocks, channels)));
+  float* buffer = scratch(ScratchUse::kBlock, static_cast<size_t>(moments_size(blocks, channels)));
   const Moments moments = make_moments(buffer, blocks, channels);
   parallel_for(args.parallel, blocks, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; b++) {

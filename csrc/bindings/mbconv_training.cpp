@@ -135,8 +135,8 @@ void mbconv_training_product_backward(OptionalTensor input_gradient, OptionalTen
   args.weight_gradient =
       optional_floats("weight_gradient", weight_gradient, args.out_channels * channels);
   args.sums = optional_floats("sums", sums, args.in.count * kProductSums * channels);
-  STD_TORCH_CHECK(!sums || (input_gradient && norm), EFFKERNELS_LIBRARY
-                  "mbconv_training: sums need input_gradient and norm");
+  STD_TORCH_CHECK(!sums || (input_gradient && norm),
+                  EFFKERNELS_LIBRARY "mbconv_training: sums need input_gradient and norm");
   args.upstream = images("upstream", upstream, args.dtype, pixels * args.out_channels);
   args.output = images("output", output, args.dtype, pixels * args.out_channels);
   args.output_mean = floats("output_mean", output_mean, args.out_channels);
@@ -174,8 +174,8 @@ void mbconv_training_depthwise_backward(
   }
   args.weight_gradient = optional_floats("weight_gradient", weight_gradient, taps * channels);
   args.coefficients = optional_floats("coefficients", coefficients, 3 * channels);
-  STD_TORCH_CHECK(!coefficients || (input_gradient && norm), EFFKERNELS_LIBRARY
-                  "mbconv_training: coefficients need input_gradient and norm");
+  STD_TORCH_CHECK(!coefficients || (input_gradient && norm),
+                  EFFKERNELS_LIBRARY "mbconv_training: coefficients need input_gradient and norm");
   args.norm_weight_gradient =
       optional_floats("norm_weight_gradient", norm_weight_gradient, channels);
   args.norm_bias_gradient = optional_floats("norm_bias_gradient", norm_bias_gradient, channels);

@@ -303,12 +303,11 @@ void depthwise_backward(const TrainingDepthwiseBackwardArgs& args) {
   const int64_t width = in.width + g.dilation_w * (g.kernel_w - 1);
   // Bands of input rows: by the shape alone, for each has sums of its own.
   constexpr int64_t kTasks = 8, kBandRows = 8;
-  const int64_t bands = max_of(
-      1, min_of(ceil_div(kTasks, max_of(in.count, 1)), in.height / kBandRows));
+  const int64_t bands =
+      max_of(1, min_of(ceil_div(kTasks, max_of(in.count, 1)), in.height / kBandRows));
   const int64_t sums_size = (taps + 2) * stride;
-  Arena arena{scratch(ScratchUse::kBlock,
-                      static_cast<size_t>((2 * kNormVectors + 3) * stride + 64 +
-                                          in.count * bands * sums_size))};
+  Arena arena{scratch(ScratchUse::kBlock, static_cast<size_t>((2 * kNormVectors + 3) * stride + 64 +
+                                                              in.count * bands * sums_size))};
   const OutputGradient by = output_gradient(args, arena);
   const NormVectors norm = norm_vectors(args.norm, channels, arena);
   float* sums = arena.take(in.count * bands * sums_size);

@@ -56,9 +56,8 @@ void product(const TrainingProductArgs& args) {
   const int64_t depth = args.in.channels, channels = args.out_channels;
   const Chunks chunks = make_chunks(args.in, args.in.pixels(), max_of(depth, channels));
   const int64_t blocks = chunks.count * chunks.blocks;
-  Arena arena{scratch(ScratchUse::kBlock,
-                      static_cast<size_t>(kNormVectors * padded(depth) + 64 +
-                                          moments_size(blocks, channels)))};
+  Arena arena{scratch(ScratchUse::kBlock, static_cast<size_t>(kNormVectors * padded(depth) + 64 +
+                                                              moments_size(blocks, channels)))};
   const NormVectors norm = norm_vectors(args.norm, depth, arena);
   const Moments moments =
       make_moments(arena.take(moments_size(blocks, channels)), blocks, channels);
@@ -262,8 +261,7 @@ void product_backward(const TrainingProductBackwardArgs& args) {
   const T* residual = static_cast<const T*>(args.residual);
   T* input_gradient = static_cast<T*>(args.input_gradient);
   parallel_for(args.parallel, slots, [&](int64_t begin, int64_t end) {
-    float* gradient_buffer =
-        scratch(ScratchUse::kRing, static_cast<size_t>(chunks.rows * stride));
+    float* gradient_buffer = scratch(ScratchUse::kRing, static_cast<size_t>(chunks.rows * stride));
     float* buffer =
         scratch(ScratchUse::kPanelRows, static_cast<size_t>(chunks.rows * depth_stride));
     for (int64_t slot = begin; slot < end; slot++) {

@@ -160,7 +160,8 @@ inline void operand_rows(const T* rows, int64_t count, int64_t channels, const N
       Vec x = load_upto(rows + c, n);
       if (norm.mean != nullptr) {
         const Vec centered = x - Vec::load(norm.mean + c);
-        x = activate<kActivation>(fma(centered, Vec::load(norm.scale + c), Vec::load(norm.bias + c)));
+        x = activate<kActivation>(
+            fma(centered, Vec::load(norm.scale + c), Vec::load(norm.bias + c)));
       }
       if (gate != nullptr) x = x * load_upto(gate + c, n);
       x.store(out + c);

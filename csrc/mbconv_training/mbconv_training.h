@@ -77,9 +77,9 @@ EFFKERNELS_OP(mbconv_training_finish, TrainingFinishArgs)
 // channel: gradient for its input = factor * t + slope * (input - mean) + constant.
 struct TrainingNormBackwardArgs {
   DType dtype;
-  float* coefficients;                    // [3, channels]: factor, slope, constant
-  float *weight_gradient, *bias_gradient; // [channels] or null
-  const void *upstream, *input;           // [count, height, width, channels]
+  float* coefficients;                     // [3, channels]: factor, slope, constant
+  float *weight_gradient, *bias_gradient;  // [channels] or null
+  const void *upstream, *input;            // [count, height, width, channels]
   Images in;
   TrainingNorm norm;  // its activation is none
   const float* keep;  // [count] or null
@@ -98,20 +98,20 @@ EFFKERNELS_OP(mbconv_training_norm_backward, TrainingNormBackwardArgs)
 constexpr int64_t kProductSums = 5;
 struct TrainingProductBackwardArgs {
   DType dtype;
-  void* input_gradient;        // [count, height, width, channels]
-  float* weight_gradient;      // [out_channels, channels]
-  float* sums;                 // [count, kProductSums, channels]
-  const void *upstream;        // [count, height, width, out_channels]
-  const void* output;          // [count, height, width, out_channels]: what the product put out
-  const float* output_mean;    // [out_channels]
-  const float* coefficients;   // [3, out_channels]
-  const float* keep;           // [count] or null
-  const void* input;           // [count, height, width, channels]
+  void* input_gradient;       // [count, height, width, channels]
+  float* weight_gradient;     // [out_channels, channels]
+  float* sums;                // [count, kProductSums, channels]
+  const void* upstream;       // [count, height, width, out_channels]
+  const void* output;         // [count, height, width, out_channels]: what the product put out
+  const float* output_mean;   // [out_channels]
+  const float* coefficients;  // [3, out_channels]
+  const float* keep;          // [count] or null
+  const void* input;          // [count, height, width, channels]
   Images in;
   TrainingNorm norm;
-  const float* gate;      // [count, channels] or null
-  const float* weight;    // panels of the transposed weight
-  const void* residual;   // added to input_gradient: like input, or null
+  const float* gate;     // [count, channels] or null
+  const float* weight;   // panels of the transposed weight
+  const void* residual;  // added to input_gradient: like input, or null
   int64_t out_channels;
   Parallel parallel;
 };
@@ -128,8 +128,8 @@ struct TrainingDepthwiseBackwardArgs {
   float* coefficients;     // [3, channels]: of norm, or null where it has no mean
   float *norm_weight_gradient, *norm_bias_gradient;                // [channels] or null
   float *output_norm_weight_gradient, *output_norm_bias_gradient;  // [channels] or null
-  const void* upstream;    // [count, out_height, out_width, channels]
-  const void* output;      // [count, out_height, out_width, channels]
+  const void* upstream;  // [count, out_height, out_width, channels]
+  const void* output;    // [count, out_height, out_width, channels]
   TrainingNorm output_norm;
   const float* sums;    // [count, kProductSums, channels]
   const float* gate;    // [count, channels] or null

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from effkernels import ops
+from effkernels.dispatch import use_backend
 from effkernels.ops import BatchNormParameters, MBConvGeometry, MBConvParameters
-from tests.ops._cases import Case, Draw
+from tests.ops._cases import Arguments, Case, Draw, assert_parity, gradient_function
 
 NORMS = ("expand", "depthwise", "project")
 
@@ -63,6 +64,40 @@ def run_block(
         geometry,
         keep,
     )
+
+
+def assert_block_parity(
+    backend: str, case: Case, dtype: torch.dtype, device: str = "cpu", keep: Tensor | None = None
+) -> None:
+    """Output and gradients on ``backend`` are as accurate as the reference's.
+
+    Args:
+        backend: whose kernels run.
+        case: the block.
+        dtype: of the tensors.
+        device: where they are.
+        keep: [N] or None: what stochastic depth multiplies each image with.
+    """
+    extra = {} if keep is None else {"keep": keep.to(device)}
+    gradients = gradient_function(lambda **leaves: run_block(case, {**leaves, **extra}))
+
+    def function(tensors: dict[str, Tensor], norms: list[float]) -> tuple[Tensor, Tensor, Tensor]:
+        for_input, *others = gradients(tensors, {})
+        # Of a vector of a few numbers one draw's error says little: they are judged together.
+        together = [
+            other.flatten() / (norm * other.numel() ** -0.5)
+            for other, norm in zip(others, norms, strict=True)
+        ]
+        return run_block(case, tensors | extra), for_input, torch.cat(together)
+
+    def arguments(repetition: int) -> Arguments:
+        tensors = block_tensors(case, case.draw(repetition, dtype))
+        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+        with use_backend("reference"):
+            _, *others = gradients({name: tensor.double() for name, tensor in tensors.items()}, {})
+        return (tensors, [float(other.norm()) for other in others]), {}
+
+    assert_parity(backend, function, arguments, channels_last=False)
 
 
 def expected_running(case: Case, tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:

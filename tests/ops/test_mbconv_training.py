@@ -6,8 +6,23 @@ import torch
 import effkernels as ek
 from effkernels import ops
 from effkernels.ops import BatchNormParameters, MBConvGeometry, MBConvParameters
-from tests.ops._blocks import NORMS, block_tensors, expected_running, run_block
-from tests.ops._cases import Case, Draw
+from effkernels.testing import assert_close_to
+from tests.ops._blocks import (
+    NORMS,
+    assert_block_parity,
+    block_tensors,
+    expected_running,
+    run_block,
+)
+from tests.ops._cases import (
+    Case,
+    Draw,
+    assert_memory_kept,
+    assert_threads_agree,
+    gradient_function,
+    pairwise,
+    same_bits,
+)
 
 BLOCK = Case(
     batch=3,
@@ -26,10 +41,85 @@ SHALLOW = Case(**{**vars(BLOCK), "expanded": 0, "reduced": 0, "activation": "rel
 CASES = [BLOCK, SHALLOW, Case(**{**vars(BLOCK), "stride": 2, "residual": False, "kernel": 5})]
 
 
-@pytest.fixture(autouse=True)
-def _reference():
-    with ek.use_backend("reference"):
-        yield
+# Around register tiles, panels and chunks of pixels; taps that see padding on one side only.
+SHAPES = pairwise(
+    {
+        "batch": (1, 2, 3),
+        "channels": (8, 13, 24),
+        "expanded": (0, 48, 77),
+        "outputs": (16, 24, 33),
+        "reduced": (0, 4),
+        "size": ((7, 6), (9, 1), (19, 23)),
+        "kernel": (3, 5, 7),
+        "stride": (1, 2, 3),
+        "padding": ("same", "symmetric", 0, (3, 0, 1, 4)),
+        "residual": (False,),
+        "activation": ("silu", "relu6", "hard_swish", "none"),
+    },
+    lambda case: min(case.size) + {0: 0, (3, 0, 1, 4): 3}.get(case.padding, 6) >= case.kernel,
+)
+LAYERS = [
+    Case(**{**vars(BLOCK), "channels": 40, "outputs": 40, "expanded": 240, "size": (28, 28)}),
+    Case(**{**vars(BLOCK), "batch": 5, "channels": 96, "outputs": 96, "expanded": 576}),
+]
+KEEP = torch.tensor([0.0, 1.25, 1.5])
+
+
+@pytest.mark.parametrize("case", [*CASES, *SHAPES], ids=str)
+def test_matches_reference(kernels, dtype, case):
+    assert_block_parity(kernels, case, dtype)
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_real_layers(kernels, dtype, case):
+    assert_block_parity(kernels, case, dtype)
+
+
+def test_keep_matches_reference(kernels, dtype):
+    assert_block_parity(kernels, BLOCK, dtype, keep=KEEP)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_threads_agree(native_kernels, batch):
+    case = Case(**{**vars(BLOCK), "batch": batch, "size": (33, 20)})
+    tensors = block_tensors(case, Draw(9))
+    assert_threads_agree(
+        gradient_function(lambda **leaves: run_block(case, leaves)), ((tensors, {}), {})
+    )
+
+
+def test_memory_kept(native_kernels, dtype, monkeypatch):
+    """Outputs are written whole, and nothing beyond them."""
+    case = Case(**{**vars(BLOCK), "channels": 13, "outputs": 13, "expanded": 39})
+    tensors = block_tensors(case, Draw(10, dtype))
+    everything = gradient_function(lambda **leaves: run_block(case, leaves))
+    assert_memory_kept(monkeypatch, lambda **leaves: everything(leaves, {}), ((), tensors))
+
+
+@pytest.mark.parametrize("frozen", ["input", "expand", "depthwise", "project_weight", "se"])
+def test_only_needed_gradients(native_kernels, frozen):
+    """A gradient does not depend on which others are wanted."""
+    tensors = block_tensors(BLOCK, Draw(5))
+    everything = gradient_function(lambda **leaves: run_block(BLOCK, leaves))
+    expected = dict(zip(tensors, everything(tensors, {}), strict=True))
+    fixed = {n: t for n, t in tensors.items() if n.startswith(frozen)}
+    free = {n: t for n, t in tensors.items() if n not in fixed}
+    wanted = gradient_function(lambda **leaves: run_block(BLOCK, {**leaves, **fixed}))
+    for name, gradient in zip(free, wanted(free, {}), strict=True):
+        assert same_bits(gradient, expected[name]), name
+
+
+def test_large_mean(kernels):
+    """Statistics of values far from zero, as PyTorch's."""
+    tensors = block_tensors(SHALLOW, Draw(11, torch.float64))
+    tensors["input"] += 300.0
+
+    def run(dtype: torch.dtype, backend: str) -> torch.Tensor:
+        with ek.use_backend(backend):
+            return run_block(SHALLOW, {name: t.to(dtype) for name, t in tensors.items()})
+
+    due, stock = run(torch.float64, "reference"), run(torch.float32, "reference")
+    assert_close_to(due, run(torch.float32, kernels), stock)
 
 
 def small_block(case: Case, **options: object) -> ek.MBConv:

@@ -11,8 +11,8 @@ import effkernels as ek
 from benchmarks.shapes import read_layers
 from effkernels.testing import assert_close_to
 from effkernels.triton import DTYPES
-from tests.ops._blocks import block_tensors, run_block
-from tests.ops._cases import Arguments, Case, Draw, assert_parity, gradient_function, same_bits
+from tests.ops._blocks import assert_block_parity, block_tensors, run_block
+from tests.ops._cases import Case, Draw, gradient_function, same_bits
 from tests.ops.test_mbconv_training import BLOCK, load, small_block
 from tests.triton import aot
 from tests.triton.cases import few_dtypes
@@ -74,28 +74,7 @@ class _Empty:
 def test_matches_reference(device, dtype, case, keep):
     if keep is not None and (case is not BLOCK or dtype != torch.float32):
         pytest.skip("one block shows it")
-    extra = {} if keep is None else {"keep": keep.to(device)}
-    gradients = gradient_function(lambda **leaves: run_block(case, {**leaves, **extra}))
-
-    def function(
-        tensors: dict[str, torch.Tensor], norms: list[float]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        for_input, *others = gradients(tensors, {})
-        # Of a vector of a few numbers one draw's error says little: they are judged together.
-        together = [
-            other.flatten() / (norm * other.numel() ** -0.5)
-            for other, norm in zip(others, norms, strict=True)
-        ]
-        return run_block(case, tensors | extra), for_input, torch.cat(together)
-
-    def arguments(repetition: int) -> Arguments:
-        tensors = block_tensors(case, case.draw(repetition, dtype))
-        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-        with ek.use_backend("reference"):
-            _, *others = gradients({name: tensor.double() for name, tensor in tensors.items()}, {})
-        return (tensors, [float(other.norm()) for other in others]), {}
-
-    assert_parity("triton", function, arguments, channels_last=False)
+    assert_block_parity("triton", case, dtype, device, keep)
 
 
 @pytest.mark.parametrize("frozen", ["input", "depthwise", "project_weight"])
