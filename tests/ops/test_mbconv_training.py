@@ -157,6 +157,41 @@ def load(module: ek.MBConv, tensors: dict[str, torch.Tensor]) -> dict[str, torch
     return found
 
 
+def assert_trains_as_one_op(backend: str, device: str) -> None:
+    """ek.MBConv in training: outputs, gradients and buffers as stage by stage, and what is kept."""
+    tensors = block_tensors(BLOCK, Draw(6))
+    results = []
+    for name in (backend, "reference"):
+        module = small_block(BLOCK).to(device)
+        parameters = load(module, tensors)
+        input = tensors["input"].to(device).requires_grad_()
+        kept: list[torch.Tensor] = []
+
+        def keep(tensor: torch.Tensor, kept: list[torch.Tensor] = kept) -> torch.Tensor:
+            kept.append(tensor)
+            return tensor
+
+        with ek.use_backend(name):
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                output = module(input)
+            output.square().sum().backward()
+        images = {id(t.untyped_storage()): t for t in kept if t.dim() == 4 and t.shape[2] > 3}
+        state = [tensor for _, tensor in sorted(module.named_buffers())]
+        gradients = [input.grad, *(parameters[name].grad for name in sorted(parameters))]
+        results.append((output.detach(), gradients, state, sum(t.numel() for t in images.values())))
+    (output, gradients, state, kept_by_us), (due, due_gradients, due_state, kept_by_it) = results
+    torch.testing.assert_close(output, due)
+    torch.testing.assert_close(gradients, due_gradients, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(state, due_state)
+    input = tensors["input"].numel()
+    # the input, the expansion, the depthwise convolution and the projection
+    assert kept_by_us == input * (1 + 3 + 3 + 1) < kept_by_it
+
+
+def test_module_trains_as_one_op(native_kernels):
+    assert_trains_as_one_op("native", "cpu")
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_like_the_stages_of_a_block(case):
     """Outputs and gradients in float64 are those of the block run stage by stage."""

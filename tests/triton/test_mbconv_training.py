@@ -13,7 +13,7 @@ from effkernels.testing import assert_close_to
 from effkernels.triton import DTYPES
 from tests.ops._blocks import assert_block_parity, block_tensors, run_block
 from tests.ops._cases import Case, Draw, gradient_function, same_bits
-from tests.ops.test_mbconv_training import BLOCK, load, small_block
+from tests.ops.test_mbconv_training import BLOCK, assert_trains_as_one_op
 from tests.triton import aot
 from tests.triton.cases import few_dtypes
 
@@ -90,35 +90,8 @@ def test_only_needed_gradients(device, frozen):
         assert same_bits(gradient, expected[name]), name
 
 
-def test_module_trains_as_one_op(device, monkeypatch):
-    """ek.MBConv in training: outputs, gradients and buffers as stage by stage, and what is kept."""
-    tensors = block_tensors(BLOCK, Draw(6))
-    results = []
-    for backend in ("triton", "reference"):
-        module = small_block(BLOCK).to(device)
-        parameters = load(module, tensors)
-        input = tensors["input"].to(device).requires_grad_()
-        kept: list[torch.Tensor] = []
-
-        def keep(tensor: torch.Tensor, kept: list[torch.Tensor] = kept) -> torch.Tensor:
-            kept.append(tensor)
-            return tensor
-
-        with ek.use_backend(backend):
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                output = module(input)
-            output.square().sum().backward()
-        images = {id(t.untyped_storage()): t for t in kept if t.dim() == 4 and t.shape[2] > 3}
-        state = [tensor for _, tensor in sorted(module.named_buffers())]
-        gradients = [input.grad, *(parameters[name].grad for name in sorted(parameters))]
-        results.append((output.detach(), gradients, state, sum(t.numel() for t in images.values())))
-    (output, gradients, state, kept_by_us), (due, due_gradients, due_state, kept_by_it) = results
-    torch.testing.assert_close(output, due)
-    torch.testing.assert_close(gradients, due_gradients, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(state, due_state)
-    input = tensors["input"].numel()
-    # the input, the expansion, the depthwise convolution and the projection
-    assert kept_by_us == input * (1 + 3 + 3 + 1) < kept_by_it
+def test_module_trains_as_one_op(device):
+    assert_trains_as_one_op("triton", device)
 
 
 def test_bit_identical(device):
