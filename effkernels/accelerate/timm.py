@@ -6,7 +6,8 @@ MixNet, FBNet, TinyNet; and its ResNets.
 from timm.layers import norm_act
 from timm.models import _efficientnet_blocks, efficientnet, mobilenetv3, resnet
 
-from .kinds import Accelerated, AcceleratedNormAct
+from ..modules.squeeze_excite import register_squeeze_excite
+from .kinds import Accelerated, AcceleratedNormAct, AcceleratedSqueezeExcite
 
 
 class InvertedResidual(Accelerated, _efficientnet_blocks.InvertedResidual):
@@ -25,7 +26,7 @@ class ConvBnAct(Accelerated, _efficientnet_blocks.ConvBnAct):
     pass
 
 
-class SqueezeExcite(Accelerated, _efficientnet_blocks.SqueezeExcite):
+class SqueezeExcite(AcceleratedSqueezeExcite, _efficientnet_blocks.SqueezeExcite):
     pass
 
 
@@ -60,6 +61,8 @@ class Bottleneck(Accelerated, resnet.Bottleneck):
 class ResNet(Accelerated, resnet.ResNet):
     pass
 
+
+register_squeeze_excite(SqueezeExcite, "conv_reduce", "act1", "conv_expand", "gate")
 
 ADAPTERS = (
     InvertedResidual,

@@ -4,7 +4,8 @@
 from torchvision.models import efficientnet, mnasnet, mobilenetv2, mobilenetv3, resnet
 from torchvision.ops import misc
 
-from .kinds import Accelerated, AcceleratedConvNormAct
+from ..modules.squeeze_excite import register_squeeze_excite
+from .kinds import Accelerated, AcceleratedConvNormAct, AcceleratedSqueezeExcite
 
 
 class MBConv(Accelerated, efficientnet.MBConv):
@@ -55,13 +56,17 @@ class ResNet(Accelerated, resnet.ResNet):
     pass
 
 
-class SqueezeExcitation(Accelerated, misc.SqueezeExcitation):
+class SqueezeExcitation(AcceleratedSqueezeExcite, misc.SqueezeExcitation):
     pass
 
 
 class Conv2dNormActivation(AcceleratedConvNormAct, misc.Conv2dNormActivation):
     pass
 
+
+register_squeeze_excite(
+    SqueezeExcitation, "fc1", "activation", "fc2", "scale_activation", mean="avgpool"
+)
 
 ADAPTERS = (
     MBConv,

@@ -189,9 +189,7 @@ _op = define(
     f"(Tensor input, {_WEIGHTS}) -> Tensor",
     reference=_reference,
     fake=_fake,
-    native=Implementation(
-        native.can_run, native.squeeze_excite, native.squeeze_excite_backward
-    ),
+    native=Implementation(native.can_run, native.squeeze_excite, native.squeeze_excite_backward),
 )
 
 _gate_op = define(
