@@ -25,9 +25,9 @@ inline float dot(const float* a, const float* b, int64_t count) {
   }
   alignas(64) float lanes[Vec::size];
   ((sums[0] + sums[1]) + (sums[2] + sums[3])).store(lanes);
-  float total = 0.0f;
+  double total = 0.0;
   for (float lane : lanes) total += lane;
-  return total;
+  return static_cast<float>(total);
 }
 
 // values[i] = activation(values[i] + bias[i])

@@ -13,6 +13,15 @@ namespace {
 
 constexpr int64_t kPixelBlock = 64;  // pixels summed by one task, whatever the number of threads
 
+// out[i] = sums[i] / pixels: a factor 1 / pixels would carry its own rounding into every mean.
+void divide_row(const float* sums, int64_t pixels, int64_t count, float* out) {
+  const Vec divisor = Vec::set1(static_cast<float>(pixels));
+  for (int64_t i = 0; i < count; i += Vec::size) {
+    const int64_t n = min_of(count - i, Vec::size);
+    (Vec::load(sums + i, n) / divisor).store(out + i, n);
+  }
+}
+
 template <class T>
 void run(const SqueezeExciteArgs& args) {
   const Images& in = args.in;
@@ -46,9 +55,10 @@ void run(const SqueezeExciteArgs& args) {
   });
   parallel_for(args.parallel, in.count, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; n++) {
-      reduce_rows(sums + n * blocks * channels, blocks, channels, 1.0f / static_cast<float>(pixels),
-                  means + n * channels);
-      gate_row(args.weights, means + n * channels, gates + n * channels);
+      float* mean = means + n * channels;
+      reduce_rows(sums + n * blocks * channels, blocks, channels, 1.0f, mean);
+      divide_row(mean, pixels, channels, mean);
+      gate_row(args.weights, mean, gates + n * channels);
     }
   });
   each_block([&](int64_t task, int64_t start, int64_t rows) {
@@ -161,12 +171,11 @@ void differentiate(const SqueezeExciteBackwardArgs& args) {
       gradient_sums(upstream + start, input + start, rows, channels, parts + 2 * b * channels);
     });
     reduce_rows(parts, blocks, 2 * channels, 1.0f, total);
-    const float share = 1.0f / static_cast<float>(pixels);
-    for (int64_t c = 0; c < channels; c++) means[n * channels + c] = total[c] * share;
+    divide_row(total, pixels, channels, means + n * channels);
     gate_gradient_row(w, means + n * channels, total + channels, n, work,
                       input_gradient == nullptr ? nullptr : offset, gates + n * channels);
     if (input_gradient == nullptr) return;
-    for (int64_t c = 0; c < channels; c++) offset[c] *= share;
+    divide_row(offset, pixels, channels, offset);
     each_block([&](int64_t, int64_t start, int64_t rows) {
       gradient_rows(upstream + start, gates + n * channels, offset, rows, channels,
                     input_gradient + start);

@@ -10,6 +10,7 @@ from ..modules.block import Block, train_block
 from ..modules.fused import (
     ConvNorm,
     activation_name,
+    autocast_dtype,
     batch_norm_act,
     conv_norm_act,
     convolution_kind,
@@ -18,6 +19,7 @@ from ..modules.fused import (
 from ..modules.hooks import has_global_hooks, is_untouched
 from ..modules.mbconv import NO_ACTIVATION
 from ..modules.plan import Planned
+from ..modules.squeeze_excite import fused_children, squeeze_excite
 
 
 class Accelerated(Planned):
@@ -81,4 +83,18 @@ class AcceleratedConvNormAct(Accelerated):
                 and activation is not None
             ):
                 return conv_norm_act(args[0], ConvNorm(conv, norm, activation))
+        return super().forward(*args, **kwargs)
+
+
+class AcceleratedSqueezeExcite(Accelerated):
+    """Squeeze-and-excitation: in training as one op. Adapters register their children."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original's."""
+        if self.training and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+            dtype = autocast_dtype(args[0])
+            fused = None if has_global_hooks() else fused_children(self, dtype)
+            # Under autocast the original's result has the dtype that promotion gives.
+            if fused is not None and (dtype is None or args[0].dtype == dtype):
+                return squeeze_excite(args[0], fused)
         return super().forward(*args, **kwargs)

@@ -13,16 +13,19 @@ from torch import nn
 from ..modules.block import Block
 from ..modules.fused import ConvNorm
 from ..modules.hooks import is_untouched
-from ..modules.squeeze_excite import SqueezeExciteParts
-from .kinds import Accelerated, AcceleratedBlock, AcceleratedNormAct
+from ..modules.squeeze_excite import register_squeeze_excite
+from .kinds import Accelerated, AcceleratedBlock, AcceleratedNormAct, AcceleratedSqueezeExcite
 
 
 class BatchNormAct2d(AcceleratedNormAct, norm_act.BatchNormAct2d):
     pass
 
 
-class SqueezeExcite(Accelerated, _efficientnet_blocks.SqueezeExcite):
+class SqueezeExcite(AcceleratedSqueezeExcite, _efficientnet_blocks.SqueezeExcite):
     pass
+
+
+register_squeeze_excite(SqueezeExcite, "conv_reduce", "act1", "conv_expand", "gate")
 
 
 def _stage(conv: nn.Module, norm: nn.Module) -> ConvNorm | None:
@@ -42,12 +45,8 @@ def _block(module: Any, stages: Sequence[ConvNorm | None]) -> Block | None:
     aside = module.aa if module.conv_s2d is None else module.conv_s2d
     if type(aside) is not nn.Identity or not is_untouched(aside):
         return None
-    squeeze, probability = None, 0.0
-    if type(module.se) is SqueezeExcite and is_untouched(module.se):
-        se = module.se
-        squeeze = SqueezeExciteParts(se.conv_reduce, se.act1, se.conv_expand, se.gate)
-    elif type(module.se) is not nn.Identity or not is_untouched(module.se):
-        return None
+    nothing = type(module.se) is nn.Identity and is_untouched(module.se)
+    squeeze, probability = None if nothing else module.se, 0.0
     path = module.drop_path
     if module.has_skip and type(path) is drop.DropPath:
         if not is_untouched(path) or not path.scale_by_keep:

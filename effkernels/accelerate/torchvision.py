@@ -9,23 +9,26 @@ from ..modules.block import Block
 from ..modules.fused import ConvNorm, activation_name
 from ..modules.hooks import is_untouched
 from ..modules.mbconv import NO_ACTIVATION
-from ..modules.squeeze_excite import SqueezeExciteParts
-from .kinds import Accelerated, AcceleratedBlock, AcceleratedConvNormAct
+from ..modules.squeeze_excite import register_squeeze_excite
+from .kinds import (
+    Accelerated,
+    AcceleratedBlock,
+    AcceleratedConvNormAct,
+    AcceleratedSqueezeExcite,
+)
 
 
 class Conv2dNormActivation(AcceleratedConvNormAct, misc.Conv2dNormActivation):
     pass
 
 
-class SqueezeExcitation(Accelerated, misc.SqueezeExcitation):
-    def parts(self) -> SqueezeExciteParts | None:
-        """Its children; None: it must be called."""
-        pool = self.avgpool
-        whole = type(pool) is nn.AdaptiveAvgPool2d and pool.output_size == 1
-        if not whole or not is_untouched(pool) or not is_untouched(self):
-            return None
-        return SqueezeExciteParts(self.fc1, self.activation, self.fc2, self.scale_activation)
+class SqueezeExcitation(AcceleratedSqueezeExcite, misc.SqueezeExcitation):
+    pass
 
+
+register_squeeze_excite(
+    SqueezeExcitation, "fc1", "activation", "fc2", "scale_activation", mean="avgpool"
+)
 
 CONTAINERS = (nn.Sequential, misc.Conv2dNormActivation, Conv2dNormActivation)
 
@@ -49,13 +52,11 @@ def _leaves(container: nn.Module) -> list[nn.Module] | None:
 def _block(container: nn.Module, residual: bool, drop_path: float = 0.0) -> Block | None:
     """The block whose convolutions, norms and activations ``container`` calls."""
     stages: list[ConvNorm] = []
-    squeeze = None
+    squeeze: nn.Module | None = None
     modules = _leaves(container) or []
     while modules:
         if len(stages) > 0 and squeeze is None and type(modules[0]) is SqueezeExcitation:
-            squeeze = modules.pop(0).parts()  # type: ignore[operator]
-            if squeeze is None:
-                return None
+            squeeze = modules.pop(0)
         if len(modules) < 2:
             return None
         conv, norm, *modules = modules

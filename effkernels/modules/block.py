@@ -20,7 +20,7 @@ from .fused import (
     uses_batch_statistics,
 )
 from .hooks import has_global_hooks, is_untouched
-from .squeeze_excite import NO_SQUEEZE_EXCITE, SqueezeExciteParts, fuse_squeeze_excite
+from .squeeze_excite import NO_SQUEEZE_EXCITE, fused_squeeze_excite
 
 
 class Block(NamedTuple):
@@ -33,7 +33,7 @@ class Block(NamedTuple):
     expand: ConvNorm | None
     depthwise: ConvNorm
     project: ConvNorm
-    squeeze_excite: SqueezeExciteParts | None
+    squeeze_excite: nn.Module | None
     residual: bool
     drop_path: float = 0.0  # probability that training drops a sample's block
 
@@ -69,7 +69,7 @@ def block_arguments(
         return None
     squeeze = NO_SQUEEZE_EXCITE
     if block.squeeze_excite is not None:
-        fused = fuse_squeeze_excite(block.squeeze_excite, dtype)
+        fused = fused_squeeze_excite(block.squeeze_excite, dtype)
         if fused is None:
             return None
         squeeze = fused

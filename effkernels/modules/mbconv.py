@@ -21,7 +21,7 @@ from .fused import (
 )
 from .hooks import has_global_hooks, is_untouched
 from .plan import Planned
-from .squeeze_excite import SqueezeExcite, squeeze_excite_parts
+from .squeeze_excite import SqueezeExcite
 
 __all__ = ["DepthwiseSeparableConv", "MBConv", "drop_path"]
 
@@ -145,8 +145,7 @@ class MBConv(Planned):
         if whole is not None:
             return ops.mbconv(input if dtype is None else input.to(dtype), *whole)
         if all(is_plain_norm(stage.norm) for stage in self.conv_norms()):
-            block = self._block_of_modules(dropping)
-            trained = None if block is None else train_block(block, input)
+            trained = train_block(self._block_of_modules(dropping), input)
             if trained is not None:
                 return trained
         hidden = input if expand is None else conv_norm_act(input, expand)
@@ -176,13 +175,10 @@ class MBConv(Planned):
             ConvNorm(self.conv_pw, self.bn2, NO_ACTIVATION),
         )
 
-    def _block_of_modules(self, dropping: bool = False) -> Block | None:
-        """The block's children; None if its squeeze-and-excitation must be called."""
-        squeeze = None
-        if type(self.se) is not nn.Identity or not is_untouched(self.se):
-            squeeze = squeeze_excite_parts(self.se)
-            if squeeze is None:
-                return None
+    def _block_of_modules(self, dropping: bool = False) -> Block:
+        """The block's children."""
+        nothing = type(self.se) is nn.Identity and is_untouched(self.se)
+        squeeze = None if nothing else self.se
         probability = self.drop_path if dropping else 0.0
         return Block(*self._stages(), squeeze, self.has_residual, probability)
 
@@ -199,8 +195,7 @@ class MBConv(Planned):
             for stage in self.conv_norms()
         ):
             return None
-        block = self._block_of_modules()
-        arguments = None if block is None else block_arguments(block, dtype)
+        arguments = block_arguments(self._block_of_modules(), dtype)
         if arguments is None:
             return None
         weights, geometry = arguments

@@ -55,29 +55,11 @@ class SqueezeExcite(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, H, W]."""
         dtype = autocast_dtype(input)
-        fused = None if has_global_hooks() else fuse_squeeze_excite(_parts(self), dtype)
+        fused = None if has_global_hooks() else fused_children(self, dtype)
         if fused is None:
             mean = input.mean((2, 3), keepdim=True)
             return input * self.gate(self.conv_expand(self.act1(self.conv_reduce(mean))))
-        assert fused.reduce_weight is not None and fused.expand_weight is not None
-        return ops.squeeze_excite(
-            input if dtype is None else input.to(dtype),
-            fused.reduce_weight,
-            fused.reduce_bias,
-            fused.expand_weight,
-            fused.expand_bias,
-            fused.activation,
-            fused.gate_activation,
-        )
-
-
-class SqueezeExciteParts(NamedTuple):
-    """Squeeze-and-excitation as modules, whatever they are called."""
-
-    reduce: nn.Conv2d
-    activation: nn.Module
-    expand: nn.Conv2d
-    gate: nn.Module
+        return squeeze_excite(input if dtype is None else input.to(dtype), fused)
 
 
 class FusedSqueezeExcite(NamedTuple):
@@ -94,31 +76,76 @@ class FusedSqueezeExcite(NamedTuple):
 NO_SQUEEZE_EXCITE = FusedSqueezeExcite(None, None, None, None, "none", "sigmoid")
 
 
-def squeeze_excite_parts(module: nn.Module) -> SqueezeExciteParts | None:
-    """``module``'s children; None: it must be called."""
-    if type(module) is not SqueezeExcite or not is_untouched(module):
+# The children of a class that are the convolution that reduces, the activation, the convolution
+# that expands and the gate's activation; and the one that takes the mean, if any does.
+_CHILDREN: dict[type[nn.Module], tuple[str, str, str, str, str | None]] = {}
+
+
+def register_squeeze_excite(
+    module_class: type[nn.Module],
+    reduce: str,
+    activation: str,
+    expand: str,
+    gate: str,
+    mean: str | None = None,
+) -> None:
+    """Let modules of exactly this class, with children of these names, run as the op."""
+    _CHILDREN[module_class] = (reduce, activation, expand, gate, mean)
+
+
+register_squeeze_excite(SqueezeExcite, "conv_reduce", "act1", "conv_expand", "gate")
+
+
+def squeeze_excite(input: Tensor, fused: FusedSqueezeExcite) -> Tensor:
+    """A module with squeeze-and-excitation on [N, C, H, W], in its weights' dtype."""
+    assert fused.reduce_weight is not None and fused.expand_weight is not None
+    return ops.squeeze_excite(
+        input,
+        fused.reduce_weight,
+        fused.reduce_bias,
+        fused.expand_weight,
+        fused.expand_bias,
+        fused.activation,
+        fused.gate_activation,
+    )
+
+
+def fused_squeeze_excite(module: nn.Module, dtype: torch.dtype | None) -> FusedSqueezeExcite | None:
+    """``module`` for the ops, weights in ``dtype``; None: it or its children must be called."""
+    return fused_children(module, dtype) if is_untouched(module) else None
+
+
+def fused_children(module: nn.Module, dtype: torch.dtype | None) -> FusedSqueezeExcite | None:
+    """The same where ``module`` itself is being called."""
+    names = _CHILDREN.get(type(module))
+    if names is None:
         return None
-    return _parts(module)
-
-
-def _parts(module: SqueezeExcite) -> SqueezeExciteParts:
-    return SqueezeExciteParts(module.conv_reduce, module.act1, module.conv_expand, module.gate)
-
-
-def fuse_squeeze_excite(
-    parts: SqueezeExciteParts, dtype: torch.dtype | None
-) -> FusedSqueezeExcite | None:
-    """``parts`` for the ops, weights in ``dtype``; None: they must be called."""
-    activation, gate = activation_name(parts.activation), activation_name(parts.gate)
-    if activation is None or gate is None:
+    reduce, act, expand, last = (module._modules.get(name) for name in names[:4])
+    if not isinstance(reduce, nn.Conv2d) or not isinstance(expand, nn.Conv2d):
         return None
-    if any(convolution_kind(conv) != "pointwise" for conv in (parts.reduce, parts.expand)):
+    if convolution_kind(reduce) != "pointwise" or convolution_kind(expand) != "pointwise":
+        return None
+    activation = None if act is None else activation_name(act)
+    gate = None if last is None else activation_name(last)
+    if activation is None or gate is None or not _takes_the_mean(module, names[4]):
         return None
     return FusedSqueezeExcite(
-        cast_weight(parts.reduce.weight, dtype),
-        parts.reduce.bias,
-        cast_weight(parts.expand.weight, dtype),
-        parts.expand.bias,
+        cast_weight(reduce.weight, dtype),
+        reduce.bias,
+        cast_weight(expand.weight, dtype),
+        expand.bias,
         activation,
         gate,
+    )
+
+
+def _takes_the_mean(module: nn.Module, name: str | None) -> bool:
+    """The child ``name`` of ``module`` gives the spatial mean; the forward pass, without one."""
+    if name is None:
+        return True
+    pool = module._modules.get(name)
+    return (
+        type(pool) is nn.AdaptiveAvgPool2d
+        and pool.output_size in (1, (1, 1))
+        and is_untouched(pool)
     )

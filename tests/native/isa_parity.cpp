@@ -281,6 +281,78 @@ void squeeze_excite_cases(DType dtype) {
 }
 
 // Special values beside ordinary ones, in whole vectors and in the last, shorter one.
+void squeeze_excite_backward_cases(DType dtype) {
+  const Window many{29, 19, 1, 1, 1, 0, 0, 0, 0};
+  for (const Window& w : {kWindows[7], kWindows[0], kWindows[8], many}) {
+    for (int64_t channels : {1, 3, 8, 16, 17, 33, 67}) {
+      const Images in{pick({1, 2, 4, 14}), w.height, w.width, channels};
+      const int64_t size = in.count * in.size(), vectors = in.count * channels;
+      const double pixels = static_cast<double>(in.pixels());
+      const Values x = draw(dtype, size, 1.0, 0.3), upstream = draw(dtype, size, 1.0, 0.2);
+      DrawnGate drawn(channels);
+      const Values means = spatial_mean(x, in.count, channels), gates = drawn.apply(means);
+      Values products = x;
+      for (int64_t i = 0; i < size; i++) products[i] *= upstream[i];
+      Values for_gate = spatial_mean(products, in.count, channels);
+      for (double& value : for_gate) value *= pixels;
+      DrawnGate::Gradients due = drawn.differentiate(means, for_gate);
+      Values want = upstream;
+      multiply_gate(want, gates, in.count, channels);
+      for (int64_t i = 0; i < size; i++) {
+        want[i] += due.mean[i / in.size() * channels + i % channels] / pixels;
+      }
+      const bool with_weights = coin(), with_biases = coin(), with_input = coin();
+      Tensor reduce(DType::f32, due.reduce.size()), expand(DType::f32, due.expand.size());
+      Tensor reduce_bias(DType::f32, drawn.reduced), expand_bias(DType::f32, channels);
+      const int64_t depth = in.pixels() + channels + drawn.reduced + in.count;
+      std::vector<Expected> outputs;
+      const auto expect_weights = [&] {
+        if (with_weights) {
+          outputs.push_back(sums(reduce, due.reduce, depth));
+          outputs.push_back(sums(expand, due.expand, depth));
+        }
+        if (with_biases) {
+          outputs.push_back(sums(reduce_bias, due.reduce_bias, depth));
+          outputs.push_back(sums(expand_bias, due.expand_bias, depth));
+        }
+      };
+      const SqueezeExciteGradients gradients{
+          with_weights ? reduce.floats() : nullptr, with_biases ? reduce_bias.floats() : nullptr,
+          with_weights ? expand.floats() : nullptr, with_biases ? expand_bias.floats() : nullptr};
+      const std::string what = describe(dtype, in, w, channels);
+      Tensor input(dtype, x), above(dtype, upstream), output(dtype, size);
+      if (with_input) outputs.push_back(sums(output, want, depth));
+      expect_weights();
+      verify("squeeze_excite_backward", &Kernels::squeeze_excite_backward,
+             SqueezeExciteBackwardArgs{dtype,
+                                       with_input ? output.data() : nullptr,
+                                       above.data(),
+                                       input.data(),
+                                       in,
+                                       drawn.pointers(),
+                                       gradients,
+                                       {}},
+             outputs, what);
+
+      const Values above_gate = draw(DType::f32, vectors);
+      due = drawn.differentiate(means, above_gate);
+      Tensor mean(DType::f32, means), gate(DType::f32, above_gate), for_mean(DType::f32, vectors);
+      outputs.clear();
+      if (with_input) outputs.push_back(sums(for_mean, due.mean, depth));
+      expect_weights();
+      verify("squeeze_excite_gate_backward", &Kernels::squeeze_excite_gate_backward,
+             SqueezeExciteGateBackwardArgs{with_input ? for_mean.floats() : nullptr,
+                                           gate.floats(),
+                                           mean.floats(),
+                                           in.count,
+                                           drawn.pointers(),
+                                           gradients,
+                                           {}},
+             outputs, what);
+    }
+  }
+}
+
 void silu_cases(DType dtype) {
   const double infinity = std::numeric_limits<double>::infinity();
   Values special = {infinity, 0.0, NAN, 1e-39, 1e-30, 1e-4, 3.0, 6.0, 1000.0, 3e38, FLT_MAX};
@@ -302,9 +374,20 @@ void silu_cases(DType dtype) {
       }
       Tensor input(dtype, x), output(dtype, x.size());
       const SiluArgs args{dtype, output.data(), input.data(), input.size(), activation, {}};
-      verify("silu", &Kernels::silu, args, {{&output, want, 1e-6, FLT_MIN}},
-             "activation " + std::to_string(static_cast<int>(activation)) + " of " +
-                 std::to_string(x.size()) + (dtype == DType::f32 ? " f32" : " bf16"));
+      const std::string what = "activation " + std::to_string(static_cast<int>(activation)) +
+                               " of " + std::to_string(x.size()) +
+                               (dtype == DType::f32 ? " f32" : " bf16");
+      verify("silu", &Kernels::silu, args, {{&output, want, 1e-6, FLT_MIN}}, what);
+
+      Values points = draw(dtype, input.size(), 12.0), upstream = draw(dtype, input.size());
+      for (size_t i = 0; i < points.size(); i++) {
+        want[i] = upstream[i] * slope(activation, points[i]);
+      }
+      Tensor point(dtype, points), above(dtype, upstream);
+      verify("silu_backward", &Kernels::silu_backward,
+             SiluBackwardArgs{
+                 dtype, output.data(), above.data(), point.data(), input.size(), activation, {}},
+             {{&output, want, 1e-6, 1e-6}}, what);
     }
   }
 }
@@ -409,9 +492,7 @@ void batch_norm_act_backward_cases(DType dtype) {
           const int64_t c = i % channels;
           double at = (x[i] - means[c]) * factor[c] + (affine.has_bias ? affine.bias[c] : 0.0);
           if (!affine.residual.empty()) at += affine.residual[i];
-          const double h = 1e-6;
-          const double rise = activate(affine.activation, at + h);
-          t[i] = upstream[i] * (rise - activate(affine.activation, at - h)) / (2 * h);
+          t[i] = upstream[i] * slope(affine.activation, at);
           sum[c] += t[i];
           product[c] += t[i] * (x[i] - means[c]);
         }
@@ -542,6 +623,7 @@ int main() {
     conv_cases(dtype);
     winograd_cases(dtype);
     squeeze_excite_cases(dtype);
+    squeeze_excite_backward_cases(dtype);
     silu_cases(dtype);
     batch_norm_act_cases(dtype);
     batch_norm_act_backward_cases(dtype);

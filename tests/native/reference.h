@@ -138,6 +138,27 @@ inline double activate(Activation activation, double x) {
   }
 }
 
+// The derivative of `activate`, PyTorch's choice at the corners.
+inline double slope(Activation activation, double x) {
+  const double s = 1.0 / (1.0 + std::exp(-x));
+  switch (activation) {
+    case Activation::relu:
+      return x > 0.0 ? 1.0 : 0.0;
+    case Activation::relu6:
+      return x > 0.0 && x < 6.0 ? 1.0 : 0.0;
+    case Activation::silu:
+      return s * (1.0 + x * (1.0 - s));
+    case Activation::hard_swish:
+      return x <= -3.0 ? 0.0 : x >= 3.0 ? 1.0 : x / 3.0 + 0.5;
+    case Activation::sigmoid:
+      return s * (1.0 - s);
+    case Activation::hard_sigmoid:
+      return x > -3.0 && x < 3.0 ? 1.0 / 6.0 : 0.0;
+    default:
+      return 1.0;
+  }
+}
+
 // weight [out_channels, kernel * kernel, depth]; depth is all channels, or 1: depthwise.
 inline Values convolve(const Values& input, const Images& in, const Window& w, const Values& weight,
                        int64_t out_channels, int64_t depth) {
@@ -271,6 +292,44 @@ struct DrawnGate {
       result.insert(result.end(), outer.begin(), outer.end());
     }
     return result;
+  }
+
+  // Gradients for means and parameters, [reduced, channels] both matrices, from the gates'.
+  struct Gradients {
+    Values mean, reduce, reduce_bias, expand, expand_bias;
+  };
+  Gradients differentiate(const Values& mean, const Values& upstream) const {
+    Gradients out{Values(mean.size()), Values(reduce.size()), Values(reduced),
+                  Values(expand.size()), Values(channels)};
+    for (size_t n = 0; n < mean.size() / channels; n++) {
+      Values inner(reduced), value(reduced), for_inner(reduced), outer(channels);
+      for (int64_t r = 0; r < reduced; r++) {
+        inner[r] = hidden.has_bias ? hidden.bias[r] : 0.0;
+        for (int64_t c = 0; c < channels; c++) {
+          inner[r] += reduce[r * channels + c] * mean[n * channels + c];
+        }
+        value[r] = activate(hidden.activation, inner[r]);
+      }
+      for (int64_t c = 0; c < channels; c++) {
+        outer[c] = gate.has_bias ? gate.bias[c] : 0.0;
+        for (int64_t r = 0; r < reduced; r++) outer[c] += expand[r * channels + c] * value[r];
+        const double t = upstream[n * channels + c] * slope(gate.activation, outer[c]);
+        out.expand_bias[c] += t;
+        for (int64_t r = 0; r < reduced; r++) {
+          out.expand[r * channels + c] += t * value[r];
+          for_inner[r] += t * expand[r * channels + c];
+        }
+      }
+      for (int64_t r = 0; r < reduced; r++) {
+        for_inner[r] *= slope(hidden.activation, inner[r]);
+        out.reduce_bias[r] += for_inner[r];
+        for (int64_t c = 0; c < channels; c++) {
+          out.reduce[r * channels + c] += for_inner[r] * mean[n * channels + c];
+          out.mean[n * channels + c] += for_inner[r] * reduce[r * channels + c];
+        }
+      }
+    }
+    return out;
   }
 };
 

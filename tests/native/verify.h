@@ -27,26 +27,32 @@ struct Kernels {
   void (*conv)(const ConvArgs&);
   void (*squeeze_excite_gate)(const SqueezeExciteGateArgs&);
   void (*squeeze_excite)(const SqueezeExciteArgs&);
+  void (*squeeze_excite_gate_backward)(const SqueezeExciteGateBackwardArgs&);
+  void (*squeeze_excite_backward)(const SqueezeExciteBackwardArgs&);
   void (*silu)(const SiluArgs&);
+  void (*silu_backward)(const SiluBackwardArgs&);
   void (*batch_norm_act)(const BatchNormActArgs&);
   void (*batch_norm_act_backward)(const BatchNormActBackwardArgs&);
   void (*depthwise_separable_conv)(const MBConvArgs&);
   void (*mbconv)(const MBConvArgs&);
 };
 
-#define KERNELS(isa, supported)   \
-  {#isa,                          \
-   supported,                     \
-   isa::depthwise_conv,           \
-   isa::depthwise_conv_backward,  \
-   isa::pointwise_conv,           \
-   isa::conv,                     \
-   isa::squeeze_excite_gate,      \
-   isa::squeeze_excite,           \
-   isa::silu,                     \
-   isa::batch_norm_act,           \
-   isa::batch_norm_act_backward,  \
-   isa::depthwise_separable_conv, \
+#define KERNELS(isa, supported)       \
+  {#isa,                              \
+   supported,                         \
+   isa::depthwise_conv,               \
+   isa::depthwise_conv_backward,      \
+   isa::pointwise_conv,               \
+   isa::conv,                         \
+   isa::squeeze_excite_gate,          \
+   isa::squeeze_excite,               \
+   isa::squeeze_excite_gate_backward, \
+   isa::squeeze_excite_backward,      \
+   isa::silu,                         \
+   isa::silu_backward,                \
+   isa::batch_norm_act,               \
+   isa::batch_norm_act_backward,      \
+   isa::depthwise_separable_conv,     \
    isa::mbconv}
 
 inline const Kernels kKernels[] = {

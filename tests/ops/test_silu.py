@@ -225,9 +225,65 @@ def test_gradients_are_those_of_pytorch(name):
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS[1:])
-def test_gradients_after_native_forward(kernels, dtype, name):
-    tensors = {"input": values((2, 7, 5, 9), dtype)}
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gradients_match_reference(kernels, dtype, name, shape):
+    def arguments(repetition: int) -> Arguments:
+        return ({"input": values(shape, dtype, repetition)}, {"name": name}), {}
+
+    assert_parity(kernels, gradient_function(ops.activation), arguments, channels_last=False)
+
+
+@pytest.mark.parametrize("name", ["silu", "hard_swish"])
+@pytest.mark.parametrize("layout", layouts(torch.float32))
+def test_layouts_of_gradients(kernels, dtype, name, layout):
+    input = layouts(dtype)[layout]
+
+    def gradient(input: torch.Tensor) -> torch.Tensor:
+        leaf = input.detach().requires_grad_()
+        output = ops.activation(leaf, name)
+        # Not laid out like the output.
+        upstream = input.flip(0).transpose(0, -1).contiguous().transpose(0, -1)
+        return torch.autograd.grad(output, leaf, upstream)[0]
+
+    assert_matches(gradient, input, backend=kernels)
+    with use_backend(kernels):
+        assert gradient(input).stride() == torch.empty_like(input).stride()
+
+
+@pytest.mark.parametrize("name", ["silu", "sigmoid"])
+def test_gradients_far_from_zero(native_kernels, name):
+    """As close to float64 as the slope's size, 1 or so, allows in float32."""
+    input = torch.cat([awkward(), every_exponent(2**14)])
+    input = input[input.isfinite()]
+    with use_backend("native"):
+        leaf = input.clone().requires_grad_()
+        ops.activation(leaf, name).sum().backward()
+    exact = input.double().requires_grad_()
+    with use_backend("reference"):
+        ops.activation(exact, name).sum().backward()
+    assert float((leaf.grad.double() - exact.grad).abs().max()) <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["silu", "sigmoid"])
+def test_gradients_of_special_values(kernels, name):
+    special = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e30, -1e30])
+    tensors = {"input": special.repeat(9)[1:]}
     assert_matches(gradient_function(ops.activation), tensors, {"name": name}, backend=kernels)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS[1:])
+def test_threads_agree_on_gradients(native_kernels, dtype, name):
+    arguments = (({"input": values((3, 40, 65, 65), dtype)}, {"name": name}), {})
+    assert_threads_agree(gradient_function(ops.activation), arguments)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS[1:])
+@pytest.mark.parametrize("shape", [(1,), (31,), (64,), (77,), (2, 5, 3, 7)], ids=str)
+def test_gradients_keep_memory(native_kernels, dtype, monkeypatch, name, shape):
+    def function(input: torch.Tensor):
+        return gradient_function(ops.activation)({"input": input}, {"name": name})
+
+    assert_memory_kept(monkeypatch, function, ((values(shape, dtype),), {}))
 
 
 # The dispatcher's rules

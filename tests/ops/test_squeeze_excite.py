@@ -218,22 +218,26 @@ GRADIENTS = {
 }
 
 
-@pytest.mark.parametrize("case", pairwise(AXES), ids=str)
-def test_gradients_match_reference(kernels, dtype, case):
+GRADIENT_AXES = {
+    "channels": (1, 5, 16, 33, 64, 80, 129),
+    "reduced": (2, 4, 8, 17, 33),
+    "batch": (3, 2, 0),
+    "biases": BIASES,
+    "activation": ACTIVATIONS,
+    "gate_activation": ACTIVATIONS,
+    "size": ((7, 7), (3, 5), (9, 13)),
+    "layout": LAYOUTS,
+}
+
+
+@pytest.mark.parametrize("which", NAMED_OPS)
+@pytest.mark.parametrize("case", pairwise(GRADIENT_AXES), ids=str)
+def test_gradients_match_reference(kernels, dtype, case, which):
     assert_parity(
         kernels,
-        gradient_function(ops.squeeze_excite),
-        partial(GRADIENTS["whole"], case, dtype),
+        gradient_function(NAMED_OPS[which][0]),
+        partial(GRADIENTS[which], case, dtype),
         channels_last=False,
-    )
-
-
-@pytest.mark.parametrize("case", pairwise(GATE_AXES), ids=str)
-def test_gradients_of_the_gate_match_reference(kernels, dtype, case):
-    assert_parity(
-        kernels,
-        gradient_function(ops.squeeze_excite_gate),
-        partial(GRADIENTS["gate"], case, dtype),
     )
 
 
@@ -249,9 +253,10 @@ def test_gradients_of_real_layers(kernels, dtype, case, which):
 
 
 @pytest.mark.parametrize("which", NAMED_OPS)
-def test_gradients_of_many_images(kernels, dtype, which):
+@pytest.mark.parametrize("reduced", [1, 9])
+def test_gradients_of_many_images(kernels, dtype, which, reduced):
     """More than one chain of a sum over images."""
-    case = Case(batch=150, channels=40, reduced=9, size=(2, 3), biases="reduce+expand")
+    case = Case(batch=150, channels=40, reduced=reduced, size=(2, 3), biases="reduce+expand")
     assert_parity(
         kernels,
         gradient_function(NAMED_OPS[which][0]),
