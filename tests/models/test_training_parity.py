@@ -79,7 +79,7 @@ def losses(network: nn.Module, image: Tensor, labels: Tensor) -> Tensor:
 
 
 def test_ten_steps() -> None:
-    """Accelerated and this library's own: losses stray from float64's like those of PyTorch's own two memory formats.
+    """Losses stray from float64's like those of PyTorch's own two memory formats.
 
     Every step multiplies what rounding has done so far, so the measure is the farthest that
     PyTorch has strayed until then; stochastic depth and dropout included.
