@@ -1,15 +1,17 @@
-"""``python -m benchmarks kernels | models | peers | roofline | campaign | report | shapes``."""
+"""``python -m benchmarks models | peers | training | kernels | roofline | campaign | ...``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from . import gpus, inference, kernels, levels, limits, report, shapes, targets
+from . import gpus, inference, kernels, levels, limits, report, shapes, targets, training
 from .campaign.plan import STAGES
 from .machine import header
 from .networks import Network
@@ -35,7 +37,7 @@ def _networks(parsed: argparse.Namespace) -> int:
     wanted, bounded = [], []
     if parsed.suite == targets.SUITE:
         wanted = targets.read_targets(parsed.targets or TARGETS / f"{parsed.device}.csv")
-        bounded = _limits(parsed)
+        bounded = _limits(parsed, f"{parsed.device}-limits.csv", limits.PROVIDER)
     if parsed.models:
         cases = [
             Case(parsed.suite, network.label, dtype, batch, threads, parsed.device)
@@ -44,16 +46,26 @@ def _networks(parsed: argparse.Namespace) -> int:
             for batch in parsed.batch or [1]
             for threads in parsed.threads or [1]
         ]
-    elif parsed.batch or parsed.threads:
-        raise ValueError("--batch and --threads go with --models")
     else:
-        cases = list(dict.fromkeys(case for target in wanted for case in target.cases()))
+        cases = _of_targets(parsed, (case for target in wanted for case in target.cases()))
     measured = [target for target in wanted if set(target.cases()) <= set(cases)]
-    if parsed.check and not measured and not bounded:
-        raise ValueError("--check: no target is set for these models, batches and threads")
+    _needs_targets(parsed, [*measured, *bounded])
     results = _results(parsed)
     failures = inference.run(cases, parsed.providers, results, parsed.budget_s, parsed.rounds)
     failures += limits.run(bounded, results, parsed.budget_s, parsed.rounds)
+    check = partial(targets.check, results, measured) if measured else None
+    return _conclude(parsed, results, cases, bounded, failures, check)
+
+
+def _conclude(
+    parsed: argparse.Namespace,
+    results: Results,
+    cases: list[Case],
+    bounded: list[limits.Limit],
+    failures: list[str],
+    check: Callable[[], tuple[str, bool]] | None,
+) -> int:
+    """Print and draw what was found; ``check`` gives the table of targets, if there are any."""
     print(f"\n{report.describe(results.header)}\n\n{report.network_tables(results, cases)}")
     limit_table, met = limits.table(results, bounded)
     if bounded:
@@ -64,17 +76,75 @@ def _networks(parsed: argparse.Namespace) -> int:
         plots.speed(results, cases, parsed.plot)
     if not parsed.check:
         return 1 if failures else 0
-    if measured:
-        target_table, targets_met = targets.check(results, measured)
+    if check is not None:
+        target_table, targets_met = check()
         print(f"\n{target_table}")
         met = met and targets_met
     return 0 if met and not failures else 1
 
 
-def _limits(parsed: argparse.Namespace) -> list[limits.Limit]:
+def _training(parsed: argparse.Namespace) -> int:
+    """The suite ``training``, on a CPU."""
+    if parsed.device == "cuda":
+        return _training_on_gpu(parsed)
+    wanted = training.read_targets(parsed.targets or TARGETS / "cpu-training.csv")
+    if parsed.models:
+        cases = [
+            Case(training.SUITE, network.label, "float32", batch, threads)
+            for network in parsed.models
+            for batch in parsed.batch or [training.BATCH]
+            for threads in parsed.threads or [training.THREADS]
+        ]
+    else:
+        cases = _of_targets(parsed, (case for target in wanted for case in target.cases()))
+    measured = [target for target in wanted if set(target.cases()) <= set(cases)]
+    bounded = _limits(parsed, "cpu-training-limits.csv", training.OURS)
+    _needs_targets(parsed, [*measured, *bounded])
+    results = _results(parsed)
+    failures = training.run(cases, parsed.providers, results, parsed.budget_s, parsed.rounds)
+    failures += limits.run(bounded, results, parsed.budget_s, parsed.rounds)
+    check = partial(targets.check, results, measured) if measured else None
+    return _conclude(parsed, results, cases, bounded, failures, check)
+
+
+def _training_on_gpu(parsed: argparse.Namespace) -> int:
+    if not torch.cuda.is_available():
+        raise ValueError("there is no CUDA device, --device cpu is accepted")
+    if parsed.threads or set(parsed.providers) != set(training.PROVIDERS):
+        raise ValueError("--threads and --providers go with --device cpu")
+    wanted = training.gpu_targets(parsed.targets or TARGETS / "gpu.csv")
+    if parsed.models:
+        cases = [
+            training.gpu_case(network.label, batch)
+            for network in parsed.models
+            for batch in parsed.batch or [training.BATCH]
+        ]
+    else:
+        cases = _of_targets(parsed, map(training.case_of, wanted))
+    measured = [target for target in wanted if training.case_of(target) in cases]
+    _needs_targets(parsed, measured)
+    results = _results(parsed)
+    failures = training.run_on_gpu(cases, results, parsed.budget_s)
+    check = partial(training.check_on_gpu, results, measured) if measured else None
+    return _conclude(parsed, results, cases, [], failures, check)
+
+
+def _of_targets(parsed: argparse.Namespace, cases: Iterable[Case]) -> list[Case]:
+    """The cases that targets are about, where no models are asked for."""
+    if parsed.batch or parsed.threads:
+        raise ValueError("--batch and --threads go with --models")
+    return list(dict.fromkeys(cases))
+
+
+def _needs_targets(parsed: argparse.Namespace, found: Sequence[Any]) -> None:
+    if parsed.check and not found:
+        raise ValueError("--check: no target is set for these models, batches and threads")
+
+
+def _limits(parsed: argparse.Namespace, file: str, provider: str) -> list[limits.Limit]:
     """The limits of what is asked for: all, or those of some networks, batches and threads."""
-    found = limits.read_limits(parsed.limits or TARGETS / f"{parsed.device}-limits.csv")
-    if limits.PROVIDER not in parsed.providers:
+    found = limits.read_limits(parsed.limits or TARGETS / file)
+    if provider not in parsed.providers:
         return []
     if parsed.models:
         labels = {network.label for network in parsed.models}
@@ -185,11 +255,22 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks", description="Measure effkernels and its rivals."
     )
     commands = parser.add_subparsers(required=True, metavar="SUITE")
-    for suite, own, text in (
-        ("models", ("eager", "eager channels_last", *OWN), "networks, by PyTorch and effkernels"),
-        ("peers", tuple(PROVIDERS), "networks, by every runtime; without --models all targets"),
+    for suite, known, own, text in (
+        (
+            "models",
+            PROVIDERS,
+            ("eager", "eager channels_last", *OWN),
+            "networks, by PyTorch and effkernels",
+        ),
+        ("peers", PROVIDERS, PROVIDERS, "networks, by every runtime; without --models all targets"),
+        (
+            training.SUITE,
+            training.PROVIDERS,
+            training.PROVIDERS,
+            "training steps, by PyTorch and effkernels; without --models all targets",
+        ),
     ):
-        command = _suite(commands, suite, text, list(PROVIDERS), own)
+        command = _suite(commands, suite, text, list(known), list(own))
         command.add_argument(
             "--models",
             type=_list(Network.parse),
@@ -200,7 +281,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--budget-s",
             type=float,
-            default=20.0,
+            default=120.0 if suite == training.SUITE else 20.0,
             metavar="S",
             help="seconds that the timing of a case may take (default: %(default)s)",
         )
@@ -209,17 +290,12 @@ def _parser() -> argparse.ArgumentParser:
             command.set_defaults(check=False)
         else:
             command.add_argument("--check", action="store_true", help="fail if a target is missed")
-            command.add_argument(
-                "--targets", type=Path, metavar="FILE.csv", help="other than targets/DEVICE.csv"
-            )
-            command.add_argument(
-                "--limits",
-                type=Path,
-                metavar="FILE.csv",
-                help="other than targets/DEVICE-limits.csv",
-            )
+            for name in ("targets", "limits"):
+                command.add_argument(
+                    f"--{name}", type=Path, metavar="FILE.csv", help="other than benchmarks/targets"
+                )
             command.set_defaults(dtype=["float32"])
-        command.set_defaults(run=_networks)
+        command.set_defaults(run=_training if suite == training.SUITE else _networks)
     for suite, text, default in (
         ("kernels", "single layers, against eager", list(shapes.NETWORKS)),
         (
@@ -303,10 +379,17 @@ def _suite(
 ) -> argparse.ArgumentParser:
     command = commands.add_parser(suite, help=text, description=text)
     command.set_defaults(suite=suite)
-    devices = ["cpu", *(gpus.GPUS if suite == "roofline" else ())]
+    others = {"roofline": list(gpus.GPUS), training.SUITE: ["cuda"]}
+    devices = ["cpu", *others.get(suite, [])]
     command.add_argument("--device", choices=devices, default="cpu")
-    command.add_argument("--batch", type=_list(_positive), metavar="N,...", help="default: 1")
-    command.add_argument("--threads", type=_list(_positive), metavar="N,...", help="default: 1")
+    trains = suite == training.SUITE
+    batch, threads = (training.BATCH, training.THREADS) if trains else (1, 1)
+    command.add_argument(
+        "--batch", type=_list(_positive), metavar="N,...", help=f"default: {batch}"
+    )
+    command.add_argument(
+        "--threads", type=_list(_positive), metavar="N,...", help=f"default: {threads}"
+    )
     command.add_argument(
         "--providers",
         type=_list(_one_of(providers)),

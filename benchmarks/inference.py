@@ -10,8 +10,9 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,27 +65,54 @@ def run(
     Returns:
         What went wrong, a line per case that could not be measured.
     """
-    todo = [case for case in cases if not results.has(case, [*providers, CONTROL])]
+    names = sorted(providers, key=list(PROVIDERS).index)
+    todo = [case for case in cases if not results.has(case, [*names, CONTROL])]
+    export = any(name in EXPORTED for name in names)
+    return run_cases(
+        todo,
+        results,
+        partial(prepare, export=export),
+        partial(measure, providers=names, budget_s=budget_s, rounds=rounds),
+    )
+
+
+def run_cases(
+    cases: Sequence[Case],
+    results: Results,
+    prepare: Callable[[Network, str, int, Path], None],
+    measure: Callable[[Case, Network, Path, Rates], list[Record]],
+) -> list[str]:
+    """Run ``prepare`` once for cases that differ in threads only, ``measure`` for each of them.
+
+    Args:
+        cases: ``case`` is what :meth:`Network.parse` accepts.
+        results: where records go, after every case.
+        prepare: (network, dtype, batch, directory), in a process with all cores.
+        measure: (case, network, directory, rates), in a process with the case's threads.
+
+    Returns:
+        What went wrong, a line per group that could not be measured.
+    """
     failures = []
     with (
         tempfile.TemporaryDirectory(prefix="effkernels-benchmarks-") as scratch,
-        tqdm(total=len(todo), unit="case", disable=None if len(todo) > 1 else True) as bar,
+        tqdm(total=len(cases), unit="case", disable=None if len(cases) > 1 else True) as bar,
     ):
         for (label, dtype, batch), group in itertools.groupby(
-            todo, key=lambda case: (case.case, case.dtype, case.batch)
+            cases, key=lambda case: (case.case, case.dtype, case.batch)
         ):
             directory = Path(scratch) / "work"
             directory.mkdir()
             bar.set_description(f"{label}, batch {batch}")
             network = Network.parse(label)
             try:
-                export = any(name in EXPORTED for name in providers)
                 cores = os.cpu_count() or 1
-                run_with_threads(cores, prepare, network, dtype, batch, export, directory)
+                run_with_threads(cores, prepare, network, dtype, batch, directory)
                 for case in group:
                     rates = rates_of(case.threads, results)
-                    arguments = (case, network, providers, directory, rates, budget_s, rounds)
-                    results.add(run_with_threads(case.threads, measure, *arguments))
+                    results.add(
+                        run_with_threads(case.threads, measure, case, network, directory, rates)
+                    )
                     bar.update()
             except RuntimeError as error:
                 failures.append(f"{label}, batch {batch}: {error}")
@@ -101,7 +129,9 @@ def rates_of(threads: int, results: Results) -> Rates:
     return Rates(**known[str(threads)])
 
 
-def prepare(network: Network, dtype: str, batch: int, export: bool, directory: Path) -> None:
+def prepare(
+    network: Network, dtype: str, batch: int, directory: Path, export: bool = False
+) -> None:
     """Write to ``directory`` what all thread counts of a case share: weights, image, results.
 
     Not timed, so it runs on all cores.
@@ -122,7 +152,7 @@ def prepare(network: Network, dtype: str, batch: int, export: bool, directory: P
         "image": image,
         "exact": exact,
         "baseline": baseline,
-        "flops": _count_flops(module, image),
+        "flops": count_flops(module, image),
         "bytes": sum(tensor.numel() * tensor.element_size() for tensor in moved),
     }
     torch.save(prepared, directory / "prepared.pt")
@@ -131,9 +161,9 @@ def prepare(network: Network, dtype: str, batch: int, export: bool, directory: P
 def measure(
     case: Case,
     network: Network,
-    providers: Sequence[str],
     directory: Path,
     rates: Rates,
+    providers: Sequence[str],
     budget_s: float,
     rounds: int | None,
 ) -> list[Record]:
@@ -146,14 +176,15 @@ def measure(
         case.threads,
         directory / "network.onnx",
     )
-    names = sorted(providers, key=list(PROVIDERS).index)
     calls: dict[str, Call] = {}
     errors: dict[str, float] = {}
     notes: dict[str, str] = {}
     allowed = WRONG * prepared["baseline"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for name in tqdm(names, desc=f"preparing {case}", position=1, leave=False, disable=None):
+        for name in tqdm(
+            providers, desc=f"preparing {case}", position=1, leave=False, disable=None
+        ):
             try:
                 # Not in inference mode: tensors made there have no versions to tell whether
                 # what was packed from them is still valid.
@@ -191,7 +222,7 @@ def measure(
             control_of=repeated if name == CONTROL else "",
             note=notes.get(name, ""),
         )
-        for name in [*names, CONTROL]
+        for name in [*providers, CONTROL]
     ]
 
 
@@ -236,7 +267,7 @@ def time_calls(
     return timings, repeated
 
 
-def _count_flops(network: nn.Module, image: Tensor) -> int:
+def count_flops(network: nn.Module, image: Tensor) -> int:
     """Two per multiply-add of convolutions and products."""
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         copy.deepcopy(network).to("meta")(image.to("meta"))

@@ -28,6 +28,7 @@ from tqdm import tqdm
 import effkernels as ek
 from effkernels.testing import relative_error
 
+from . import training
 from .harness import time_fairly
 from .inference import MIN_ROUNDS, WRONG, prepare, time_calls
 from .networks import Network
@@ -93,7 +94,7 @@ class Task:
         if not (directory / "prepared.pt").exists():
             directory.mkdir(exist_ok=True)
             network, cores = Network.parse(self.key.case), os.cpu_count() or 1
-            run_with_threads(cores, prepare, network, dtype, self.key.batch, False, directory)
+            run_with_threads(cores, prepare, network, dtype, self.key.batch, directory)
         return directory
 
 
@@ -185,6 +186,35 @@ def _memory(task: Task, call: int) -> LimitRecord:
     }
     value = peaks[PROVIDER] / min(peaks[name] for name in EAGERS)
     return LimitRecord(*task.key, value, "MB", peaks)
+
+
+def _training_memory(task: Task) -> LimitRecord:
+    """Peak memory of a training step as a share of the leaner eager's."""
+    directory = task.scratch / f"{task.key.case}-{task.key.batch}-training"
+    if not (directory / "prepared.pt").exists():
+        directory.mkdir(exist_ok=True)
+        network, cores = Network.parse(task.key.case), os.cpu_count() or 1
+        run_with_threads(cores, training.prepare, network, "float32", task.key.batch, directory)
+    peaks = {
+        name: task.run(step_peak, directory, name, malloc=DEFAULT_MALLOC) / 1e6
+        for name in (training.OURS, *EAGERS)
+    }
+    value = peaks[training.OURS] / min(peaks[name] for name in EAGERS)
+    return LimitRecord(*task.key, value, "MB", peaks)
+
+
+def step_peak(task: Task, directory: Path, provider: str) -> int:
+    """Peak resident bytes of a second training step, above what was resident before the first.
+
+    What outlives a step counts: gradients, the optimizer's momentum (a copy of the weights each)
+    and whatever a provider keeps. The weights, the images and what the library loads do not.
+    """
+    prepared = _load(directory)
+    step = training.build(provider, prepared)[2]
+    peak = peaks_above([step, step])[1]
+    # Of a fresh copy: these two steps have changed the weights.
+    training.check(provider, *training.build(provider, prepared)[:2], prepared)
+    return peak
 
 
 def call_peaks(task: Task, directory: Path, provider: str) -> list[int]:
@@ -362,4 +392,5 @@ LIMITS: dict[str, Callable[[Task], LimitRecord]] = {
     "first call: time / warm call": _first_call,
     "bfloat16: time / float32": _bfloat16,
     "4 threads at once: results that differ": _callers,
+    "training step: memory / eager": _training_memory,
 }

@@ -12,13 +12,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from .machine import Rates
-from .providers import CONTROL, PROVIDERS
+from .providers import CONTROL, in_order
 from .records import Case, Results
 
 
 def speed(results: Results, cases: Sequence[Case], path: Path) -> None:
     """Bars: how many times as fast as the slowest each provider runs each case."""
-    names = [name for name in PROVIDERS if any(name in results.of(case) for case in cases)]
+    names = in_order(name for case in cases for name in results.of(case))
     figure, axes = plt.subplots(figsize=(max(6.0, 1.5 + 1.1 * len(cases)), 4.5))
     width = 0.8 / max(len(names), 1)
     for index, name in enumerate(names):

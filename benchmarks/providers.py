@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,6 +129,13 @@ EXPORTED = ("ONNX Runtime", "OpenVINO")
 RIVALS = tuple(PROVIDERS)[:6]
 OWN = tuple(PROVIDERS)[6:]
 CONTROL = "control"  # one of them once more
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """``names`` once each, without the control: rivals, those of other suites, this library."""
+    found = [name for name in dict.fromkeys(names) if name != CONTROL]
+    others = [name for name in found if name not in PROVIDERS]
+    return [name for name in (*RIVALS, *others, *OWN) if name in found]
 
 
 def with_control(calls: Mapping[str, Call]) -> tuple[dict[str, Call], str]:

@@ -13,7 +13,7 @@ from .limits import Limit
 from .limits import table as limit_table
 from .machine import Rates
 from .networks import Network
-from .providers import CONTROL, OWN, PROVIDERS
+from .providers import CONTROL, OWN, in_order
 from .records import CONTROL_RANGE, Case, Record, Results, control_ratio, is_fair
 from .shapes import Layer
 from .targets import FASTEST_RIVAL, baseline_of, fastest_of
@@ -202,7 +202,7 @@ def update_readme(path: Path, section: str) -> None:
 
 
 def _network_rows(found: Sequence[dict[str, Record]]) -> list[list[str]]:
-    names = [name for name in PROVIDERS if any(name in records for records in found)]
+    names = in_order(name for records in found for name in records)
     rows = [[name, *(_milliseconds(records.get(name)) for records in found)] for name in names]
     floors = [next((r.floor_ms for r in records.values()), None) for records in found]
     rows.append(["floor", *("-" if ms is None else f"{ms:.2f}" for ms in floors)])

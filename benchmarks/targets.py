@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from tabulate import tabulate
 
-from .providers import CONTROL, PROVIDERS, RIVALS
+from .providers import CONTROL, OWN, PROVIDERS
 from .records import CONTROL_RANGE, Case, Record, Results, control_ratio, is_fair
 from .tables import CellError, read_rows
 
@@ -28,9 +29,12 @@ class Target:
     baseline_threads: int
     ratio: float
 
+    suite: ClassVar[str] = SUITE
+    providers: ClassVar[tuple[str, ...]] = tuple(PROVIDERS)
+
     def __post_init__(self) -> None:
         for column, more in (("provider", ()), ("baseline", (FASTEST_RIVAL,))):
-            accepted = (*PROVIDERS, *more)
+            accepted = (*self.providers, *more)
             if getattr(self, column) not in accepted:
                 message = f"{getattr(self, column)!r} is given, accepted: {', '.join(accepted)}"
                 raise CellError(column, message)
@@ -40,7 +44,7 @@ class Target:
 
     def cases(self) -> tuple[Case, Case]:
         """Where the provider and its baseline are measured."""
-        provider = Case(SUITE, self.case, "float32", self.batch, self.threads)
+        provider = Case(self.suite, self.case, "float32", self.batch, self.threads)
         return provider, provider._replace(threads=self.baseline_threads)
 
     def measured(self, results: Results) -> tuple[float | None, str]:
@@ -67,7 +71,7 @@ def baseline_of(records: dict[str, Record], name: str) -> Record | None:
     """The record called ``name``; of FASTEST_RIVAL the quickest rival's."""
     if name != FASTEST_RIVAL:
         return records.get(name)
-    return fastest_of(records, RIVALS)
+    return fastest_of(records, [name for name in records if name not in (*OWN, CONTROL)])
 
 
 def fastest_of(records: dict[str, Record], names: Iterable[str]) -> Record | None:

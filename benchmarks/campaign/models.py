@@ -23,6 +23,7 @@ from ..levels import network_floor_ms, network_layers, totals
 from ..networks import Network, settle
 from ..providers import CONTROL
 from ..records import Case
+from ..steps import cross_entropy, gradient, sgd_step, without_chance
 from .layers import TUNING_S, exactly, table_path, tuned_table, worst
 from .timing import Call, Memory, Stopwatch, captured, time_in_turns
 from .worker import Row, in_words
@@ -168,7 +169,7 @@ def measure_training(
     type_ = getattr(torch, dtype)
     torch.manual_seed(0)
     with torch.device(device):
-        module = _deterministic(network.build()).to(memory_format=torch.channels_last).train()
+        module = without_chance(network.build()).to(memory_format=torch.channels_last).train()
         image = torch.randn(case.batch, 3, network.resolution, network.resolution)
         labels = torch.randint(1000, (case.batch,))
     image = image.contiguous(memory_format=torch.channels_last)
@@ -176,7 +177,9 @@ def measure_training(
     # Float32 where less is computed in, else float64.
     higher = torch.float64 if type_ == torch.float32 else torch.float32
     with exactly():
-        exact = _gradient(copy.deepcopy(module).to(higher), _loss, image.to(higher), labels)
+        twin = copy.deepcopy(module).to(higher)
+        exact = gradient(twin, partial(cross_entropy, twin, image.to(higher), labels))
+    del twin
     torch.compiler.reset()
     allowed = 0.0
     names = TRAINING_KINDS[case.kind]
@@ -193,18 +196,18 @@ def measure_training(
                 ek.accelerate(own)
             run: Any = own if name != COMPILED else torch.compile(own, dynamic=False)
 
-            def loss(_: nn.Module, image: Tensor, labels: Tensor, run: Any = run) -> Tensor:
+            def loss(run: Any = run) -> Tensor:
                 with autocast():
-                    return F.cross_entropy(run(image), labels)
+                    return cross_entropy(run, image, labels)
 
-            errors[name] = relative_error(_gradient(own, loss, image, labels), exact)
+            errors[name] = relative_error(gradient(own, loss), exact)
             own.zero_grad(set_to_none=True)
             memory.start()
-            value = loss(own, image, labels)
+            value = loss()
             kept[name] = memory.now()
             value.backward()
             del value
-            step = _step(own, partial(loss, own, image, labels))
+            step = sgd_step(own, loss)
             step()
             memory.start()
             step()
@@ -244,7 +247,7 @@ def tune_model(case: ModelCase, device: str, dtype: str, training: bool) -> Iter
     before, start = tuned_table(device), time.monotonic()
     with tune.tuning(partial(Stopwatch(device).median, seconds=TUNING_S, cold=True)):
         if training:
-            ek.accelerate(_deterministic(module).train())
+            ek.accelerate(without_chance(module).train())
             with torch.autocast(device, type_, enabled=type_ != torch.float32):
                 output = module(image)
             output.float().sum().backward()
@@ -271,7 +274,7 @@ def precompile(case: ModelCase, device: str, dtype: str, training: bool) -> Iter
         labels = torch.randint(1000, (case.batch,))
     image = image.contiguous(memory_format=torch.channels_last)
     if training:
-        run = _compiled(_deterministic(module).train(), image)
+        run = _compiled(without_chance(module).train(), image)
         with torch.autocast(device, type_, enabled=type_ != torch.float32):
             loss = F.cross_entropy(run(), labels)
         loss.backward()
@@ -314,41 +317,6 @@ def _variants(device: str) -> tuple[str, ...]:
 
 def _allowed(baseline: float, dtype: torch.dtype) -> float:
     return FACTOR * baseline + torch.finfo(dtype).eps + 1e-5
-
-
-def _deterministic(module: nn.Module) -> nn.Module:
-    for child in module.modules():
-        if type(child).__name__ in ("StochasticDepth", "Dropout", "DropPath"):
-            for name in ("p", "drop_prob"):
-                if hasattr(child, name):
-                    setattr(child, name, 0.0)
-    return module
-
-
-def _loss(module: nn.Module, image: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(module(image), labels)
-
-
-def _gradient(
-    module: nn.Module,
-    loss: Callable[[nn.Module, Tensor, Tensor], Tensor],
-    image: Tensor,
-    labels: Tensor,
-) -> Tensor:
-    """Of the loss, for all parameters in a row."""
-    loss(module, image, labels).backward()
-    return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
-
-
-def _step(module: nn.Module, loss: Callable[[], Tensor]) -> Call:
-    optimizer = torch.optim.SGD(module.parameters(), lr=1e-4, momentum=0.9)
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        loss().backward()
-        optimizer.step()
-
-    return step
 
 
 def _rows(
