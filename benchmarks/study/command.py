@@ -1,15 +1,17 @@
-"""``python -m benchmarks study`` and ``search``: their arguments."""
+"""``python -m benchmarks study | study-report | search``: their arguments."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import fields
 from pathlib import Path
 
+from effkernels.models.search import TOLERANCE, candidates
 from effkernels.models.training import Interrupted
-from effkernels.models.training.config import DATASETS
+from effkernels.models.training.config import DATASETS, OPTIMIZERS
 
-from .plan import GROUPS, NETWORKS, Settings, chosen, plan
+from .plan import BASE, GROUPS, NETWORKS, Settings, chosen, plan
 
 INTERRUPTED = 130  # exit status, as a shell gives it
 
@@ -63,6 +65,30 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--out", type=Path, required=True, metavar="FILE.md")
     command.set_defaults(run=_report)
 
+    text = "the grid search for α, β and γ: every candidate trains a little, the best ones more"
+    command = commands.add_parser("search", help=text, description=text)
+    _common(command)
+    command.add_argument("--base", default=BASE, metavar="NAME", help="(default: %(default)s)")
+    command.add_argument(
+        "--step", type=float, default=0.1, metavar="S", help="of the grid (default: %(default)s)"
+    )
+    command.add_argument(
+        "--tolerance",
+        type=float,
+        default=TOLERANCE,
+        metavar="T",
+        help="how far α·β²·γ² may be from 2 (default: %(default)s)",
+    )
+    command.add_argument(
+        "--fraction", type=float, default=0.2, metavar="F", help="part of the training pictures"
+    )
+    command.add_argument("--optimizer", choices=OPTIMIZERS, default="adam")
+    command.add_argument("--lr", type=float, metavar="LR", help="default: its usual one")
+    command.add_argument("--least-epochs", type=int, default=1, metavar="N", help="first budget")
+    command.add_argument("--reduction", type=int, default=3, metavar="R", help="budgets grow by it")
+    command.add_argument("--rungs", type=int, default=2, metavar="N", help="how many budgets")
+    command.set_defaults(run=_search)
+
 
 def _common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of the runs")
@@ -110,6 +136,26 @@ def _study(parsed: argparse.Namespace) -> int:
 
 def _say(line: str) -> None:
     print(line, flush=True)
+
+
+def _search(parsed: argparse.Namespace) -> int:
+    from . import search
+
+    grid = candidates(parsed.step, parsed.tolerance)
+    names = [field.name for field in fields(search.Proxy)]
+    proxy = search.Proxy(**{name: getattr(parsed, name) for name in names})
+    budgets = {
+        "least_budget": parsed.least_epochs,
+        "reduction": parsed.reduction,
+        "rungs": parsed.rungs,
+    }
+    try:
+        trials = search.run(proxy, grid, **budgets, say=_say)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return INTERRUPTED
+    print(f"\n{search.page(proxy, trials)}")
+    return 0
 
 
 def _report(parsed: argparse.Namespace) -> int:

@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from effkernels.classify import packaged_weights
 from effkernels.models import list_models
 from effkernels.models.training import TrainConfig
+
+from effkernels.classify import packaged_weights
 from effkernels.modules import arguments
 
 OWNER = "study"  # in errors
@@ -135,34 +136,34 @@ def plan(settings: Settings) -> list[Job]:
         elif group not in known.groups:
             jobs[known.name] = replace(known, groups=(*known.groups, group))
 
-    whole = {"model": BASE, "epochs": settings.epochs}
-    sweep = {"epochs": settings.sweep_epochs, "fraction": settings.fraction}
+    whole: dict[str, Any] = {"model": BASE, "epochs": settings.epochs}
+    sweep: dict[str, Any] = {"epochs": settings.sweep_epochs, "fraction": settings.fraction}
     if sweep == {"epochs": settings.epochs, "fraction": 1.0}:
         del sweep["fraction"]  # its default, as above: the same runs
 
     for optimizer, lr in USUAL.items():
         add(f"optimizer-{optimizer}", "optimizers", **whole, **_optimizer(optimizer, lr))
     for optimizer, rates in LEARNING_RATES.items():
-        for lr in sorted(rates, key=lambda lr, usual=USUAL[optimizer]: lr != usual):
+        for lr in (USUAL[optimizer], *(rate for rate in rates if rate != USUAL[optimizer])):
             options = _optimizer(optimizer, lr)
             add(f"lr-{optimizer}-{lr:g}", "lr", model=BASE, **sweep, **options)
     sized = _optimizer(SIZED_WITH, USUAL[SIZED_WITH])
     for phi in PHIS:
-        scaled = {"phi": float(phi)} if phi else {}
+        scaled: dict[str, Any] = {"phi": float(phi)} if phi else {}
         add(f"phi-{phi}", "phi", model=BASE, **scaled, **sweep, **sized)
     for momentum in MOMENTA:
         options = _optimizer("sgd", USUAL["sgd"], momentum)
         add(f"momentum-{momentum:g}", "momentum", model=BASE, **sweep, **options)
     for model in settings.models:
         add(f"network-{model}", "networks", model=model, **sweep, **sized)
-    transfer = {
+    transfer: dict[str, Any] = {
         "model": TRANSFERRED,
         "epochs": settings.transfer_epochs,
         "fraction": settings.transfer_fraction,
         "resolution": settings.transfer_resolution,
         **_optimizer("adam", TRANSFER_LR),
     }
-    gentle = {"layer_decay": LAYER_DECAY}
+    gentle: dict[str, Any] = {"layer_decay": LAYER_DECAY}
     add("transfer-from-scratch", "transfer", **transfer)
     add("transfer-fine-tuned", "transfer", True, **transfer)
     add("transfer-layer-decay", "transfer", True, **transfer, **gentle)

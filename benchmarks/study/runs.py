@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tabulate import tabulate
-
 from effkernels.models.summary import summary
 from effkernels.models.training import History, NonFiniteLoss, TrainConfig, data, train
 from effkernels.models.training.checkpoint import write_atomically
 from effkernels.models.training.run import CHECKPOINT, HISTORY
+from tabulate import tabulate
 
 from ..machine import header
 from .plan import OWNER, Job, Settings

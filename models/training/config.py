@@ -213,7 +213,8 @@ class TrainConfig:
             return CompoundScaling()
         if not isinstance(self.coefficients, tuple) or len(self.coefficients) != 3:
             raise ValueError(
-                f"{OWNER}: coefficients are {self.coefficients!r}, a tuple of α, β and γ is accepted"
+                f"{OWNER}: coefficients are {self.coefficients!r}, "
+                "a tuple of α, β and γ is accepted"
             )
         return CompoundScaling(*self.coefficients)
 
