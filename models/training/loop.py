@@ -195,6 +195,10 @@ def _load_weights(network: nn.Module, config: TrainConfig) -> bool:
         if not _fits(headless, config.weights) or _fits(network, config.weights, strict=False):
             raise  # the head is not misshapen, something is missing or left over
     network.load_state_dict(headless.state_dict(), strict=False)
+    # The released EfficientNet code draws a head from ±1 / √classes, which for few classes starts
+    # at a loss of 15 and ruins the features; torch.nn.Linear's own is ±1 / √features.
+    (head,) = (module for module in network.modules() if isinstance(module, nn.Linear))
+    head.reset_parameters()
     return False
 
 
