@@ -74,7 +74,8 @@ def _lines(axes: Axes, results: Iterable[tuple[str, float, float]]) -> None:
     for line, points in found.items():
         numbers, accuracies = zip(*sorted(points), strict=True)
         axes.plot(numbers, accuracies, marker="o", label=line)
-    axes.legend(fontsize=8)
+    if found:
+        axes.legend(fontsize=8)
 
 
 def _save(figure: Figure, path: Path) -> None:

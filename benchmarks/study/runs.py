@@ -14,8 +14,16 @@ from typing import Any
 
 import torch
 from effkernels.models.summary import summary
-from effkernels.models.training import History, NonFiniteLoss, TrainConfig, data, train
+from effkernels.models.training import (
+    History,
+    NonFiniteLoss,
+    TrainConfig,
+    data,
+    distributed,
+    train,
+)
 from effkernels.models.training.checkpoint import write_atomically
+from effkernels.models.training.loop import build_network, environment
 from effkernels.models.training.run import CHECKPOINT, HISTORY
 from tabulate import tabulate
 
@@ -120,11 +128,11 @@ def _train(config: TrainConfig, say: Callable[[str], object]) -> tuple[History, 
     except NonFiniteLoss as error:
         say(str(error))
         reason = f"the loss is not finite at step {error.step}"
-    # What was noted before; nothing, if it was in the first epoch.
-    file = folder / HISTORY
-    saved = json.loads(file.read_text()) if file.exists() else {"steps": [], "epochs": []}
-    history = History(saved.get("config", asdict(config)), saved.get("environment", {}))
-    history.restore(saved)
+    ranks = distributed.ranks_from_environment()
+    device = distributed.choose_device(config.device, ranks)
+    history = History(asdict(config), environment(device, ranks))
+    if (folder / HISTORY).exists():  # else it was in the first epoch
+        history.restore(json.loads((folder / HISTORY).read_text()))
     return history, reason
 
 
@@ -137,7 +145,7 @@ def _result(
 ) -> JobResult:
     source = data.open_source(config)
     with torch.device("meta"):
-        network = config.network(history.config["num_classes"] or source.classes)
+        network = build_network(config, history.config["num_classes"] or source.classes)
     expected: Any = network.data_config
     resolution = data.input_resolution(config, source, expected)
     counted = summary(network, (3, resolution, resolution))

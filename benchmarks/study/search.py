@@ -18,6 +18,7 @@ from effkernels.models.search import Evaluate, Trial, grid_search, plot
 from effkernels.models.summary import summary
 from effkernels.models.training import NonFiniteLoss, TrainConfig, data, train
 from effkernels.models.training.checkpoint import write_atomically
+from effkernels.models.training.loop import build_network
 from effkernels.models.training.run import CHECKPOINT, HISTORY
 from tabulate import tabulate
 
@@ -115,7 +116,7 @@ def run(
         Interrupted: after the run that was going on has saved; the next call goes on there.
     """
     for scaling in grid:  # all of them, before the first one is trained
-        proxy.config(scaling, least_budget).network(num_classes=0)
+        build_network(proxy.config(scaling, least_budget), 0)
     data.open_source(proxy.config(grid[0], least_budget))
     proxy.out.mkdir(parents=True, exist_ok=True)
     trials = grid_search(
@@ -159,7 +160,7 @@ def _costs(proxy: Proxy, scaling: CompoundScaling) -> tuple[str, str, str]:
     config = proxy.config(scaling, 1)
     source = data.open_source(config)
     with torch.device("meta"):
-        network = config.network(source.classes)
+        network = build_network(config, source.classes)
     expected: Any = network.data_config
     side = data.input_resolution(config, source, expected)
     counted = summary(network, (3, side, side))

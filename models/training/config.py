@@ -7,11 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
-
 from effkernels.modules import arguments
 
-from ..registry import create_model, create_scaled
 from ..scaling import CompoundScaling, Multipliers
 
 OWNER = "train"  # in errors
@@ -199,16 +196,10 @@ class TrainConfig:
         """What ``phi`` makes of depth, width and resolution; None without it."""
         if self.phi is None:
             return None
-        return self._scaling().at(self.phi)
+        return self.scaling().at(self.phi)
 
-    def network(self, num_classes: int) -> nn.Module:
-        """The network with so many outputs and random weights."""
-        options = {"num_classes": num_classes, **self.model_options}
-        if self.phi is None:
-            return create_model(self.model, **options)
-        return create_scaled(self.model, self.phi, self._scaling(), **options)
-
-    def _scaling(self) -> CompoundScaling:
+    def scaling(self) -> CompoundScaling:
+        """The coefficients of ``phi``."""
         if self.coefficients is None:
             return CompoundScaling()
         if not isinstance(self.coefficients, tuple) or len(self.coefficients) != 3:
