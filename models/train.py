@@ -44,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: words after the program's name; ``sys.argv[1:]`` if None.
     """
     words = vars(_parser().parse_args(arguments))
+    if words["coefficients"] is not None:
+        words["coefficients"] = tuple(words["coefficients"])
     try:
         first = ranks_from_environment().first
         train(TrainConfig(**words), _print if first else _ignore)
@@ -77,6 +79,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", metavar="MODEL", help="one of effkernels.models.list_models()")
     group = parser.add_argument_group("network")
+    _option(group, "phi", float, "PHI", "compound scaling of the network and the pictures")
+    group.add_argument(
+        "--coefficients",
+        type=float,
+        nargs=3,
+        metavar=("ALPHA", "BETA", "GAMMA"),
+        help="of --phi; default: the paper's",
+    )
     group.add_argument("--num-classes", type=int, metavar="N", help="default: the dataset's")
     group.add_argument(
         "--model-option",
@@ -86,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         default={},
         help="further argument of create_model, as stem=cifar; may be repeated",
     )
-    group.add_argument("--weights", metavar="FILE", help="checkpoint to start from")
+    group.add_argument("--weights", metavar="FILE", help="checkpoint to fine-tune from")
 
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", required=True, choices=DATASETS)
@@ -104,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     _option(group, "accumulate", int, "N", "forward passes per step")
     _option(group, "optimizer", str, None, "", OPTIMIZERS)
     _option(group, "lr", float, "LR", "peak learning rate; default: the optimizer's usual one")
+    _option(group, "layer-decay", float, "D", "learning rate of a layer over the next one's")
     _option(group, "momentum", float, "M", "of sgd and rmsprop")
     _flag(group, "nesterov", "of sgd")
     _option(group, "weight-decay", float, "D", "default: the optimizer's usual one")

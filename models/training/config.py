@@ -9,6 +9,8 @@ from typing import Any
 
 from effkernels.modules import arguments
 
+from ..scaling import CompoundScaling, Multipliers
+
 OWNER = "train"  # in errors
 DATASETS = (
     "cifar10",
@@ -40,14 +42,16 @@ class TrainConfig:
         out: folder of the run: ``checkpoint.pt`` (everything, after every epoch), ``best.pt``
             (weights of the best epoch), ``history.json``, ``curves.png``, ``tensorboard/``.
         model_options: further arguments of ``create_model``, like ``{"stem": "cifar"}``.
+        phi: scale ``model`` and the pictures to this φ; None for the network as it is.
+        coefficients: α, β and γ of ``phi``; None for the paper's.
         num_classes: outputs; None for as many as ``dataset`` has classes.
-        weights: checkpoint to start from, as ``load_checkpoint`` reads it; a head for another
-            number of classes is left out and starts from random values.
+        weights: checkpoint to start from, as ``load_checkpoint`` reads it, strictly; but a head for
+            another number of classes is left out, and a new one starts from random values.
         resume: continue the run in ``out``. What the result depends on must be as before;
             ``epochs`` may grow if ``schedule`` does not depend on it.
         download: let torchvision download the dataset into ``data``.
         resolution: side of the network's input in pixels; None for the pictures' own size where
-            they are small (CIFAR, Fashion-MNIST, npz), else the model's.
+            they are small (CIFAR, Fashion-MNIST, npz), times γ^φ with ``phi``, else the model's.
         fraction: part of the training pictures to use, in (0, 1], drawn with ``seed``.
         augment: ``"none"``; ``"standard"``: flips and crops; ``"autoaugment"`` (the paper's) or
             ``"randaugment"``: one of torchvision's policies on top of these.
@@ -61,6 +65,8 @@ class TrainConfig:
         lr: peak learning rate; None for the optimizer's usual one
             (:data:`~effkernels.models.training.schedules.LEARNING_RATES`).
         momentum, nesterov: of ``sgd``; ``rmsprop`` takes the momentum, too.
+        layer_decay: D in (0, 1]: the head learns with ``lr``, each layer before it with D times the
+            learning rate of the one behind it (:mod:`~effkernels.models.training.layers`).
         weight_decay: of convolution and linear weights, not of biases and BatchNorms; None for
             the optimizer's usual one.
         schedule: ``"cosine"`` to 0 at the end, ``"step"``, or ``"constant"``.
@@ -88,6 +94,8 @@ class TrainConfig:
     data: str
     out: str
     model_options: Mapping[str, Any] = field(default_factory=dict)
+    phi: float | None = None
+    coefficients: tuple[float, float, float] | None = None
     num_classes: int | None = None
     weights: str | None = None
     resume: bool = False
@@ -102,6 +110,7 @@ class TrainConfig:
     workers: int = 2
     optimizer: str = "sgd"
     lr: float | None = None
+    layer_decay: float = 1.0
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float | None = None
@@ -133,6 +142,11 @@ class TrainConfig:
                     f"{OWNER}: model_options has {name}={value!r}, strings, numbers, booleans and "
                     "None are accepted"
                 )
+        if self.coefficients is not None and self.phi is None:
+            raise ValueError(
+                f"{OWNER}: coefficients are {self.coefficients!r}, none are accepted without phi"
+            )
+        self.multipliers()
         _one_of("dataset", self.dataset, DATASETS)
         _one_of("augment", self.augment, AUGMENTATIONS)
         _one_of("optimizer", self.optimizer, OPTIMIZERS)
@@ -151,12 +165,13 @@ class TrainConfig:
             _not_negative("weight_decay", self.weight_decay)
         if self.lr is not None:
             arguments.ratio(OWNER, "lr", self.lr)
+        for name in ("fraction", "layer_decay"):
+            if arguments.ratio(OWNER, name, getattr(self, name)) > 1:
+                raise ValueError(
+                    f"{OWNER}: {name} is {getattr(self, name)!r}, a number in (0, 1] is accepted"
+                )
         arguments.ratio(OWNER, "decay_rate", self.decay_rate)
         arguments.ratio(OWNER, "decay_epochs", self.decay_epochs)
-        if arguments.ratio(OWNER, "fraction", self.fraction) > 1:
-            raise ValueError(
-                f"{OWNER}: fraction is {self.fraction!r}, a number in (0, 1] is accepted"
-            )
         _integer("workers", self.workers, 2**15)
         _integer("seed", self.seed, MAX_SEED)
         if self.warmup_epochs > self.epochs:
@@ -176,6 +191,23 @@ class TrainConfig:
                 f"{OWNER}: weights is {self.weights!r}, none are accepted with resume, "
                 "which has the run's own"
             )
+
+    def multipliers(self) -> Multipliers | None:
+        """What ``phi`` makes of depth, width and resolution; None without it."""
+        if self.phi is None:
+            return None
+        return self.scaling().at(self.phi)
+
+    def scaling(self) -> CompoundScaling:
+        """The coefficients of ``phi``."""
+        if self.coefficients is None:
+            return CompoundScaling()
+        if not isinstance(self.coefficients, tuple) or len(self.coefficients) != 3:
+            raise ValueError(
+                f"{OWNER}: coefficients are {self.coefficients!r}, "
+                "a tuple of α, β and γ is accepted"
+            )
+        return CompoundScaling(*self.coefficients)
 
 
 def _text(name: str, value: Any) -> None:

@@ -24,6 +24,7 @@ from torchvision import datasets
 from torchvision.transforms import InterpolationMode, v2
 
 from ..common import DataConfig
+from ..scaling import scale_resolution
 from .config import OWNER, TrainConfig
 from .distributed import Ranks
 
@@ -233,7 +234,7 @@ _OPEN: dict[str, Callable[[TrainConfig], Source]] = {
 
 def training_transform(config: TrainConfig, source: Source, expected: DataConfig) -> v2.Compose:
     """A training picture to what the network sees, randomly as ``config.augment`` says."""
-    resolution = _resolution(config, source, expected)
+    resolution = input_resolution(config, source, expected)
     steps: list[torch.nn.Module] = [v2.PILToTensor(), v2.RGB()]
     if config.augment == "none":
         steps += _resized(resolution, source, expected)
@@ -257,12 +258,16 @@ def training_transform(config: TrainConfig, source: Source, expected: DataConfig
 
 def evaluation_transform(config: TrainConfig, source: Source, expected: DataConfig) -> v2.Compose:
     """A picture to what the network sees: photographs are resized and centre cropped."""
-    resized = _resized(_resolution(config, source, expected), source, expected)
+    resized = _resized(input_resolution(config, source, expected), source, expected)
     return v2.Compose([v2.PILToTensor(), v2.RGB(), *resized, *_normalized(expected)])
 
 
-def _resolution(config: TrainConfig, source: Source, expected: DataConfig) -> int:
-    return config.resolution or source.size or expected.resolution
+def input_resolution(config: TrainConfig, source: Source, expected: DataConfig) -> int:
+    """The side of the network's input in pixels."""
+    if config.resolution is not None or source.size is None:
+        return config.resolution or expected.resolution
+    scaled = config.multipliers()
+    return source.size if scaled is None else scale_resolution(source.size, scaled.resolution)
 
 
 def _resized(resolution: int, source: Source, expected: DataConfig) -> list[torch.nn.Module]:

@@ -22,10 +22,11 @@ from torch.optim.swa_utils import AveragedModel
 from torchvision.transforms import v2
 
 import effkernels
+from effkernels.info import collect
 
 from ..checkpoints import load_checkpoint
 from ..common import DataConfig
-from ..registry import create_model
+from ..registry import create_model, create_scaled
 from . import checkpoint, data, distributed
 from .config import OWNER, TrainConfig
 from .distributed import Ranks
@@ -121,7 +122,7 @@ def _prepare(
     """Everything that a run needs, checked and loaded; nothing is written yet."""
     saved = checkpoint.load(Path(config.out) / CHECKPOINT) if config.resume else None
     with torch.device("meta"):  # its name and options are right, before a dataset is fetched
-        create_model(config.model, num_classes=0, **config.model_options)
+        build_network(config, 0)
     torch.manual_seed(config.seed)
     source = _source(config, ranks)
     classes = source.classes if config.num_classes is None else config.num_classes
@@ -129,7 +130,7 @@ def _prepare(
         raise ValueError(
             f"{OWNER}: num_classes is {classes}, {config.dataset} has {source.classes} classes"
         )
-    network = create_model(config.model, num_classes=classes, **config.model_options)
+    network = build_network(config, classes)
     expected = network.data_config
     assert isinstance(expected, DataConfig)
     if config.weights is not None and not _load_weights(network, config):
@@ -165,7 +166,7 @@ def _prepare(
         pictures=pictures,
         evaluation=data.evaluation_loader(config, source, expected, ranks, device),
         steps_per_epoch=steps_per_epoch,
-        history=History(asdict(config) | {"num_classes": classes}, _environment(device, ranks)),
+        history=History(asdict(config) | {"num_classes": classes}, environment(device, ranks)),
     )
     # Initial weights are equal everywhere, dropout and mixup are not.
     torch.manual_seed(config.seed + ranks.rank)
@@ -184,31 +185,51 @@ def _source(config: TrainConfig, ranks: Ranks) -> data.Source:
     return data.open_source(dataclasses.replace(config, download=False))
 
 
+def build_network(config: TrainConfig, num_classes: int) -> nn.Module:
+    """The network that ``config`` names, with so many outputs and random weights."""
+    options = {"num_classes": num_classes, **config.model_options}
+    if config.phi is None:
+        return create_model(config.model, **options)
+    return create_scaled(config.model, config.phi, config.scaling(), **options)
+
+
 def _load_weights(network: nn.Module, config: TrainConfig) -> bool:
-    """Read ``config.weights``; False if they fit all but the head, which stays as it is."""
+    """Read ``config.weights``; False if they have a head for other classes, which is left out."""
     assert config.weights is not None
     try:
         load_checkpoint(network, config.weights)
+        return True
     except RuntimeError:
-        headless = create_model(config.model, num_classes=0, **config.model_options)
-        fits = True
-        try:
-            load_checkpoint(headless, config.weights)
-        except RuntimeError:
-            fits = False
-        if not fits:
-            raise  # the first error, which knows all keys
-        network.load_state_dict(headless.state_dict(), strict=False)
+        headless = build_network(config, 0)
+        if not _fits(headless, config.weights) or _fits(network, config.weights, strict=False):
+            raise  # the head is not misshapen, something is missing or left over
+    network.load_state_dict(headless.state_dict(), strict=False)
+    # The released EfficientNet code draws a head from ±1 / √classes, which for few classes starts
+    # at a loss of 15 and ruins the features; torch.nn.Linear's own is ±1 / √features.
+    (head,) = (module for module in network.modules() if isinstance(module, nn.Linear))
+    head.reset_parameters()
+    return False
+
+
+def _fits(network: nn.Module, weights: str, strict: bool = True) -> bool:
+    try:
+        load_checkpoint(network, weights, strict)
+    except RuntimeError:
         return False
     return True
 
 
-def _environment(device: torch.device, ranks: Ranks) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+def environment(device: torch.device, ranks: Ranks) -> dict[str, Any]:
+    """What a run depends on besides its arguments: machine, threads, versions."""
+    info = collect()
+    cpu = info["cpu"]["name"]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     return {
         "device": f"{device.type} ({name})",
+        "cores": info["threads"]["cores this process may use"],
         "processes": ranks.world_size,
         "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
         "effkernels": effkernels.__version__,
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,

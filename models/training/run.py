@@ -347,14 +347,16 @@ class Run:
         checkpoint.set_rng_state(saved["rng"][self.ranks.rank], self.device)
 
     def check_same_run(self, saved: dict[str, Any]) -> None:
-        now, before = self.history.config, saved["config"]
+        now = self.history.config
+        # what an older checkpoint does not know was as it is by default
+        before = asdict(TrainConfig(model="-", dataset="npz", data="-", out="-")) | saved["config"]
         free = set(FREE)
         if self.config.schedule == "cosine":
             free.remove("epochs")  # its curve depends on them
         different = {
-            name: (before.get(name), now[name])
+            name: (before[name], now[name])
             for name in now
-            if name not in free and before.get(name) != now[name]
+            if name not in free and before[name] != now[name]
         }
         different |= {
             name: (then, today)

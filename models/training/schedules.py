@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from .config import TrainConfig
+from .layers import layers
 
 # Of RMSprop and SGD per 256 pictures of a step: 0.016 is the released EfficientNet code's
 # (tensorflow/tpu, efficientnet/main.py; 0.256 at the paper's 4096), 0.1 that of Goyal et al., 2017.
@@ -32,19 +34,27 @@ def learning_rate(config: TrainConfig, pictures: int) -> float:
 def build_optimizer(config: TrainConfig, model: nn.Module, pictures: int) -> Optimizer:
     """The optimizer of ``model``'s parameters; weight decay only for weights, not for vectors.
 
+    With a ``layer_decay`` there are such groups for each layer, those of the head first.
+
     Args:
         config: names it and its settings.
         model: whose parameters it has.
         pictures: of one step, in all processes.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     decay = config.weight_decay
     decay = WEIGHT_DECAYS[config.optimizer] if decay is None else decay
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
     lr = learning_rate(config, pictures)
+    parts = [list(model.parameters())]
+    if config.layer_decay != 1.0:
+        parts = [layer.parameters for layer in reversed(layers(model))]
+    groups: list[dict[str, Any]] = []
+    for distance, part in enumerate(parts):
+        trained = [parameter for parameter in part if parameter.requires_grad]
+        weights = [p for p in trained if p.ndim > 1]
+        vectors = [p for p in trained if p.ndim <= 1]
+        for parameters, own_decay in ((weights, decay), (vectors, 0.0)):
+            own_lr = lr * config.layer_decay**distance
+            groups.append({"params": parameters, "weight_decay": own_decay, "lr": own_lr})
     if config.optimizer == "adam":
         return torch.optim.Adam(groups, lr)
     if config.optimizer == "adamw":

@@ -379,6 +379,49 @@ def test_weights_of_another_head_start_a_run(blobs: Path, tmp_path: Path) -> Non
     assert not any(line.startswith("weights") for line in lines)
 
 
+def test_a_new_head_starts_small(blobs: Path, tmp_path: Path) -> None:
+    torch.save(create_model("tiny", num_classes=10).state_dict(), tmp_path / "ten.pt")
+    config = tiny_config(blobs, tmp_path / "run", weights=str(tmp_path / "ten.pt"), limit_steps=1)
+    run(replace(config, lr=1e-30))
+    weight = final(tmp_path / "run")["model"]["classifier.weight"]
+    # EfficientNet's own head has ±1 / √CLASSES
+    assert 0 < weight.abs().max() <= weight.shape[1] ** -0.5 < CLASSES**-0.5
+
+
+@pytest.mark.parametrize("change", ["missing", "left over"])
+def test_only_a_head_of_another_size_is_replaced(blobs: Path, tmp_path: Path, change: str) -> None:
+    state = create_model("tiny", num_classes=CLASSES).state_dict()
+    if change == "missing":
+        del state["classifier.bias"]
+        message = "1 missing: classifier.bias"
+    else:
+        state["classifier.scale"] = torch.ones(1)
+        message = "1 left over: classifier.scale"
+    torch.save(state, tmp_path / "odd.pt")
+    with pytest.raises(RuntimeError, match=message):
+        run(tiny_config(blobs, tmp_path / "run", weights=str(tmp_path / "odd.pt")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_layer_decay_slows_the_early_layers(blobs: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    start = create_model("tiny", num_classes=CLASSES)
+    torch.save(start.state_dict(), tmp_path / "start.pt")
+    weights, moved = str(tmp_path / "start.pt"), {}
+    for decay in (1.0, 0.1):
+        out = tmp_path / str(decay)
+        config = tiny_config(blobs, out, weights=weights, limit_steps=1, weight_decay=0.0)
+        run(replace(config, layer_decay=decay))
+        model = final(out)["model"]
+        moved[decay] = [
+            (model[name] - start.state_dict()[name]).abs().mean().item()
+            for name in ("classifier.weight", "conv_head.weight", "conv_stem.weight")
+        ]
+    # SGD's first step is proportional to the learning rate; stem, two stages, conv_head, head
+    ratios = [slow / usual for slow, usual in zip(moved[0.1], moved[1.0], strict=True)]
+    assert ratios == pytest.approx([1.0, 0.1, 1e-4], rel=0.05)
+
+
 def test_weights_that_fit_nowhere_are_an_error(blobs: Path, tmp_path: Path) -> None:
     state = create_model("tiny", num_classes=CLASSES).state_dict()
     del state["conv_stem.weight"]

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from effkernels.models.training import TrainConfig
+from effkernels.models import create_model
+from effkernels.models.common import DataConfig
+from effkernels.models.training import TrainConfig, data
+from effkernels.models.training.layers import layers
+from effkernels.models.training.loop import build_network
 from effkernels.models.training.schedules import build_optimizer, schedule
 from torch import nn
 
@@ -41,6 +46,10 @@ def config(**options: Any) -> TrainConfig:
         ({"decay_epochs": 0}, "decay_epochs is 0"),
         ({"fraction": 1.5}, r"fraction is 1.5, a number in \(0, 1\]"),
         ({"fraction": 0}, "fraction is 0, a positive number"),
+        ({"layer_decay": 1.5}, r"layer_decay is 1.5, a number in \(0, 1\]"),
+        ({"layer_decay": 0.0}, "layer_decay is 0.0, a positive number"),
+        ({"coefficients": (1.2, 1.1, 1.15)}, "coefficients are .* none are accepted without phi"),
+        ({"phi": 1.0, "coefficients": (1.2, 1.1)}, "coefficients are .* a tuple of α, β and γ"),
         ({"workers": -1}, "workers is -1, an integer in 0 to"),
         ({"seed": 2**63}, "seed is 9223372036854775808, an integer in 0 to"),
         ({"epochs": 2, "warmup_epochs": 3.0}, r"warmup_epochs is 3.0, at most epochs \(2\)"),
@@ -91,6 +100,51 @@ def test_optimizers(options: dict[str, Any], kind: type, expected: dict[str, Any
     assert vectors["weight_decay"] == 0 and vectors["lr"] == weights["lr"]
     assert {id(p) for p in weights["params"]} == {id(model[0].weight), id(model[2].weight)}
     assert len(vectors["params"]) == 3  # frozen ones are left out
+
+
+def test_layer_wise_learning_rates() -> None:
+    network = create_model("efficientnet_lite0", num_classes=3)
+    settings = config(optimizer="adam", lr=0.01, layer_decay=0.5, weight_decay=0.1)
+    optimizer = build_optimizer(settings, network, 128)
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    # from the head to the input, weights and vectors of each
+    expected = [["classifier"], ["conv_head", "bn2"], *([f"blocks.{i}"] for i in range(6, -1, -1))]
+    expected += [["conv_stem", "bn1"]]
+    seen: list[str] = []
+    for index, group in enumerate(optimizer.param_groups):
+        layer = expected[index // 2]
+        assert group["lr"] == pytest.approx(0.01 * 0.5 ** (index // 2))
+        assert group["weight_decay"] == (0.0 if index % 2 else 0.1)
+        found = [names[id(parameter)] for parameter in group["params"]]
+        assert all((parameter.ndim <= 1) == bool(index % 2) for parameter in group["params"])
+        prefixes = tuple(f"{part}." for part in layer)
+        wanted = [n for n, p in network.named_parameters() if n.startswith(prefixes)]
+        assert found == [n for n in wanted if (network.get_parameter(n).ndim <= 1) == index % 2]
+        seen += found
+    assert sorted(seen) == sorted(names.values())
+
+
+def test_layers_of_a_resnet() -> None:
+    found = [layer.names for layer in layers(create_model("resnet18"))]
+    assert found == [["conv1", "bn1"], ["layer1"], ["layer2"], ["layer3"], ["layer4"], ["fc"]]
+
+
+def test_phi_scales_the_network_and_the_pictures() -> None:
+    scaled = config(model="resnet18", phi=1.0, coefficients=(1.4, 1.0, 1.2))
+    names = [name for name, _ in build_network(scaled, 10).named_modules()]
+    assert "layer1.2" in names and "layer1.3" not in names  # 2 · 1.4 blocks, rounded up
+    small = data.Source([], [], 10, 32)
+    expected = DataConfig(224, 256)
+    assert data.input_resolution(scaled, small, expected) == 40  # 32 · 1.2 is 38.4
+    plain = replace(scaled, phi=None, coefficients=None)
+    assert data.input_resolution(plain, small, expected) == 32
+    assert data.input_resolution(replace(scaled, resolution=48), small, expected) == 48
+    photographs = small._replace(size=None)
+    assert data.input_resolution(scaled, photographs, DataConfig(268, 300)) == 268
+    with pytest.raises(ValueError, match="phi is 99.0, a number from -20 to 20"):
+        config(phi=99.0)
+    with pytest.raises(ValueError, match="beta is 0.5, a number of at least 1"):
+        config(phi=1.0, coefficients=(1.2, 0.5, 1.1))
 
 
 def test_the_papers_rate_is_reached_at_its_batch() -> None:
