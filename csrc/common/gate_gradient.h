@@ -6,6 +6,9 @@
 //   for mean = reduce_weight^T * for h
 //   for expand_weight = for g x activation(h), for reduce_weight = for h x mean, over images
 // h and g are computed again: two products more, of six, instead of vectors kept.
+//
+// B0's 16 gates at batch 16, one thread, with the calls around them: PyTorch's formula 4.0 ms, this
+// 3.8; against a second for the whole step there is nothing to gain by more images at a time.
 #pragma once
 
 #include "common/gate.h"

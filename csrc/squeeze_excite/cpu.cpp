@@ -3,6 +3,19 @@
 //
 // Layout NHWC. The gate reads 2 * reduced * channels weights once per image (common/gate.h). The
 // whole op reads the input twice, for the mean and for the product, and writes once.
+//
+// squeeze_excite_backward, with g and h of common/gate_gradient.h, over P pixels:
+//   for gate[n, c] = sum over p of upstream[n, p, c] * input[n, p, c]
+//   input_gradient[n, p, c] = upstream[n, p, c] * gate[n, c] + for mean[n, c] / P
+// Two passes. The first sums the input, too, from which the mean and the gate come once more: so
+// nothing but the input is kept. An image per thread goes through both passes, and reads upstream
+// the second time from L2. Moves upstream and input once to twice and the gradient once; sums by
+// blocks of pixels, joined in a fixed order.
+//
+// Ladder, gradients of B0's 16 squeeze-and-excitations, batch 16, one thread, medians of one run
+// (float32, bfloat16):
+//   PyTorch op by op, as torchvision's module has them    128 ms   130 ms
+//   these two passes                                       28 ms    21 ms
 #include "common/gate_gradient.h"
 #include "common/reduce.h"
 #include "squeeze_excite/squeeze_excite.h"

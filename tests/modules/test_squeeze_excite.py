@@ -158,9 +158,12 @@ def test_autocast(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     "make", [mobilenet_v3_small, lambda: timm.create_model("mobilenetv3_small_050")]
 )
-def test_every_module_of_a_network(make: Callable[[], nn.Module]) -> None:
+def test_in_blocks_that_train_stage_by_stage(make: Callable[[], nn.Module]) -> None:
     network = make().train()
     count = sum("SqueezeExcit" in type(module).__name__ for module in network.modules())
     assert count > 0
+    for module in network.modules():  # what has a hook is called, so no block is one op
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_hook(lambda module, arguments, output: None)
     ran = ops_of(ek.accelerate(network), torch.randn(2, 3, 64, 64))
     assert ran == ONCE[:1] * count + ONCE[1:] * count
