@@ -223,7 +223,8 @@ def mbconv_training_backward(
         gate_activation,
     ) = arguments
     kernels = torch.ops.effkernels_cpu
-    expanded, hidden, projected, *statistics, pooled = saved
+    expanded, hidden, projected, *rest = saved
+    expand_mean, expand_var, depthwise_mean, depthwise_var, project_mean, project_var, pooled = rest
     upstream = gradients[0]
     assert upstream is not None
     input, upstream = nhwc(input), nhwc(upstream)
@@ -238,14 +239,19 @@ def mbconv_training_backward(
         return [_vector(size) if need else None for need in needed]
 
     # The projection
-    norm = _norm(*statistics[4:], project_norm_weight, project_norm_bias, eps[2], "none")
-    coefficients = torch.empty(3, outputs)
+    norm = _norm(project_mean, project_var, project_norm_weight, project_norm_bias, eps[2], "none")
+    coefficients: Tensor | None = torch.empty(3, outputs)
     results[12:14] = vectors(needed[12:14], outputs)
     kernels.mbconv_training_norm_backward(
         coefficients, *results[12:14], upstream, projected, norm.vectors, keep, norm.eps
     )
     hidden_norm = _norm(
-        *statistics[2:4], depthwise_norm_weight, depthwise_norm_bias, eps[1], activation
+        depthwise_mean,
+        depthwise_var,
+        depthwise_norm_weight,
+        depthwise_norm_bias,
+        eps[1],
+        activation,
     )
     squeeze = (se_reduce_weight, se_reduce_bias, se_expand_weight, se_expand_bias)
     gate = None
@@ -293,7 +299,7 @@ def mbconv_training_backward(
     if expand_weight is not None:
         values = expanded
         values_norm = _norm(
-            *statistics[:2], expand_norm_weight, expand_norm_bias, eps[0], activation
+            expand_mean, expand_var, expand_norm_weight, expand_norm_bias, eps[0], activation
         )
     for_values = for_taps = coefficients = None
     if before_depthwise:

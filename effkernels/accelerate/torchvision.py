@@ -1,6 +1,8 @@
 """torchvision's EfficientNets (V1, V2), MobileNets, MNASNet and ResNets."""
 # ruff: noqa: D101 -- every class here is torchvision's of the same name
 
+from typing import Any
+
 from torch import nn
 from torchvision.models import efficientnet, mnasnet, mobilenetv2, mobilenetv3, resnet
 from torchvision.ops import StochasticDepth, misc
@@ -49,7 +51,7 @@ def _leaves(container: nn.Module) -> list[nn.Module] | None:
     return found
 
 
-def _block(container: nn.Module, residual: bool, drop_path: float = 0.0) -> Block | None:
+def _block(container: Any, residual: Any, drop_path: float = 0.0) -> Block | None:
     """The block whose convolutions, norms and activations ``container`` calls."""
     stages: list[ConvNorm] = []
     squeeze: nn.Module | None = None
@@ -69,13 +71,14 @@ def _block(container: nn.Module, residual: bool, drop_path: float = 0.0) -> Bloc
     if len(stages) not in (2, 3):
         return None
     expand = stages[0] if len(stages) == 3 else None
-    return Block(expand, *stages[-2:], squeeze, residual, drop_path)
+    depthwise, project = stages[-2:]
+    return Block(expand, depthwise, project, squeeze, residual, drop_path)
 
 
 class MBConv(AcceleratedBlock, efficientnet.MBConv):
     def as_block(self) -> Block | None:
         """As :class:`AcceleratedBlock` says."""
-        depth = self.stochastic_depth
+        depth: Any = self.stochastic_depth
         if type(depth) is not StochasticDepth or not is_untouched(depth):
             return None
         probability = depth.p if self.use_res_connect and depth.training else 0.0
