@@ -10,6 +10,7 @@
 #include <cfloat>
 #include <limits>
 
+#include "training_cases.h"
 #include "verify.h"
 
 using namespace reference;
@@ -628,6 +629,8 @@ int main() {
     batch_norm_act_cases(dtype);
     batch_norm_act_backward_cases(dtype);
     mbconv_cases(dtype);
+    training_product_cases(dtype);
+    training_depthwise_cases(dtype);
   }
   rounding_cases();
   int failures = 0;

@@ -11,6 +11,7 @@
 #include "depthwise_conv/depthwise_conv.h"
 #include "depthwise_separable_conv/depthwise_separable_conv.h"
 #include "mbconv/mbconv.h"
+#include "mbconv_training/mbconv_training.h"
 #include "pointwise_conv/pointwise_conv.h"
 #include "reference.h"
 #include "silu/silu.h"
@@ -35,25 +36,39 @@ struct Kernels {
   void (*batch_norm_act_backward)(const BatchNormActBackwardArgs&);
   void (*depthwise_separable_conv)(const MBConvArgs&);
   void (*mbconv)(const MBConvArgs&);
+  void (*mbconv_training_product)(const TrainingProductArgs&);
+  void (*mbconv_training_depthwise)(const TrainingDepthwiseArgs&);
+  void (*mbconv_training_pool)(const TrainingPoolArgs&);
+  void (*mbconv_training_finish)(const TrainingFinishArgs&);
+  void (*mbconv_training_norm_backward)(const TrainingNormBackwardArgs&);
+  void (*mbconv_training_product_backward)(const TrainingProductBackwardArgs&);
+  void (*mbconv_training_depthwise_backward)(const TrainingDepthwiseBackwardArgs&);
 };
 
-#define KERNELS(isa, supported)       \
-  {#isa,                              \
-   supported,                         \
-   isa::depthwise_conv,               \
-   isa::depthwise_conv_backward,      \
-   isa::pointwise_conv,               \
-   isa::conv,                         \
-   isa::squeeze_excite_gate,          \
-   isa::squeeze_excite,               \
-   isa::squeeze_excite_gate_backward, \
-   isa::squeeze_excite_backward,      \
-   isa::silu,                         \
-   isa::silu_backward,                \
-   isa::batch_norm_act,               \
-   isa::batch_norm_act_backward,      \
-   isa::depthwise_separable_conv,     \
-   isa::mbconv}
+#define KERNELS(isa, supported)           \
+  {#isa,                                  \
+   supported,                             \
+   isa::depthwise_conv,                   \
+   isa::depthwise_conv_backward,          \
+   isa::pointwise_conv,                   \
+   isa::conv,                             \
+   isa::squeeze_excite_gate,              \
+   isa::squeeze_excite,                   \
+   isa::squeeze_excite_gate_backward,     \
+   isa::squeeze_excite_backward,          \
+   isa::silu,                             \
+   isa::silu_backward,                    \
+   isa::batch_norm_act,                   \
+   isa::batch_norm_act_backward,          \
+   isa::depthwise_separable_conv,         \
+   isa::mbconv,                           \
+   isa::mbconv_training_product,          \
+   isa::mbconv_training_depthwise,        \
+   isa::mbconv_training_pool,             \
+   isa::mbconv_training_finish,           \
+   isa::mbconv_training_norm_backward,    \
+   isa::mbconv_training_product_backward, \
+   isa::mbconv_training_depthwise_backward}
 
 inline const Kernels kKernels[] = {
     KERNELS(portable, true),
