@@ -18,6 +18,13 @@
 // PyTorch's forward pass alone writes seven, reads nine and keeps six. Operations: 3 times the
 // block's multiply-adds (twice for the depthwise gradient where the stride is 2), and 8
 // evaluations of the activation instead of 4 for those of the expanded size.
+//
+// Ladder, a training step of torchvision's EfficientNet-B0 at 224 pixels, batch 16, two cores of a
+// Xeon (avx512), against eager in the same run:
+//   stage by stage: BatchNorm with activation and depthwise native     0.595 s (eager 0.996)
+//   this op for all 16 blocks                                          0.388 s (eager 1.038)
+// Of the step, by PyTorch's profiler: product_backward 31 % (it holds three products and the
+// recomputed activation), depthwise_backward 21 %, product 15 %, depthwise 9 %, pool 3 %.
 #include "mbconv_training/cpu_depthwise.h"
 #include "mbconv_training/cpu_product.h"
 

@@ -42,7 +42,8 @@ class MBConv(Planned):
 
     expand 1×1 → BatchNorm → act → depthwise k×k → BatchNorm → act → SE → project 1×1 → BatchNorm,
     plus the input where stride is 1 and the channels agree. In evaluation the whole block is one
-    ``ops.mbconv``; in training each convolution is followed by one fused BatchNorm + activation.
+    ``ops.mbconv``, in training one ``ops.mbconv_training``; with BatchNorms of both kinds each
+    convolution is followed by one fused BatchNorm + activation.
     Every BatchNorm decides by its own ``training`` flag. Children that have hooks or that were
     replaced are called as modules.
 
