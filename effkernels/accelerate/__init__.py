@@ -32,9 +32,9 @@ def accelerate(model: Model) -> Model:
     ``efficientnet_lite_pytorch`` are recognised by their exact class and get a subclass of it as
     their class, in place. Nothing else about them changes: parameters, state dict, hooks, copies,
     pickles, ``isinstance`` are as before. In evaluation without gradients a recognised module is
-    one native call where possible; in training an inverted residual is one op, elsewhere BatchNorm
-    with its activation, where possible. Whatever is not
-    recognised runs as before. This library's own models need no acceleration.
+    one native call where possible; in training an inverted residual is one op where possible, and
+    elsewhere BatchNorm with its activation. Whatever is not recognised runs as before. This
+    library's own models need no acceleration.
 
     Args:
         model: any module.
