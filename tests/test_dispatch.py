@@ -105,8 +105,7 @@ def test_every_op_is_declared_once_and_tested():
     }
     for name, operator in dispatch.operators.items():
         assert operator.overload is getattr(torch.ops.effkernels, name).default
-        backends = {"reference", "triton"} if name == "mbconv_training" else set(dispatch.BACKENDS)
-        assert set(operator.implementations) == backends
+        assert set(operator.implementations) == set(dispatch.BACKENDS)
         test = ROOT / "tests" / "ops" / f"test_{name.removesuffix('_gate')}.py"
         assert name in test.read_text()
 
