@@ -82,6 +82,9 @@ def memory(
         kernels: whether the CPU kernels run, which pack weights and keep a block's inner tensors
             to themselves, or the reference; None: as here.
 
+    In training blocks are counted stage by stage. CPU kernels run a block as one op, and a step
+    needs less than predicted: EfficientNet-B0 at 160², batch 8, 223 of 348 MB.
+
     Raises:
         ValueError: naming the argument, what came and what is accepted; from ``model`` for an
             image that it cannot take.
