@@ -243,7 +243,7 @@ def test_one_weight_in_two_threads():
 @pytest.mark.parametrize("shape", [(1, 3, 3, 3), (16, 4, 1, 1), (17, 5, 3, 5)])
 def test_gemm_panels(shape):
     weight = torch.randn(shape)
-    panels = native._gemm_panels(weight)
+    panels = native.conv_panels(weight)
     outputs, channels, height, width = shape
     assert panels.shape == (-(-outputs // 16), height * width * channels, 16)
     assert panels.is_contiguous() and panels.dtype == torch.float32
@@ -251,13 +251,13 @@ def test_gemm_panels(shape):
     unpacked = matrix[:outputs].view(outputs, height, width, channels).permute(0, 3, 1, 2)
     assert torch.equal(unpacked, weight)
     assert not matrix[outputs:].any()
-    assert native._gemm_panels(weight) is panels
+    assert native.conv_panels(weight) is panels
 
 
 @pytest.mark.parametrize("channels", [1, 16, 21])
 def test_depthwise_taps(channels):
     weight = torch.randn(channels, 1, 3, 5).bfloat16()
-    taps = native._depthwise_taps(weight)
+    taps = native.depthwise_taps(weight)
     assert taps.shape == (15, -(-channels // 16) * 16)
     assert taps.is_contiguous() and taps.dtype == torch.float32
     assert torch.equal(taps[:, :channels].t().view(channels, 1, 3, 5).bfloat16(), weight)
