@@ -71,6 +71,10 @@ inline void* writable(const char* name, const Tensor& tensor, DType dtype, int64
   return tensor.mutable_data_ptr();
 }
 
+inline float* optional_floats(const char* name, const OptionalTensor& tensor, int64_t size) {
+  return tensor ? static_cast<float*>(writable(name, *tensor, DType::f32, size)) : nullptr;
+}
+
 inline const void* residual_of(const OptionalTensor& tensor, DType dtype, int64_t size) {
   if (!tensor) return nullptr;
   STD_TORCH_CHECK(dtype_of(*tensor) == dtype, EFFKERNELS_LIBRARY "residual has another dtype");

@@ -22,10 +22,6 @@
 namespace effkernels {
 namespace {
 
-float* optional_floats(const char* name, const OptionalTensor& tensor, int64_t size) {
-  return tensor ? static_cast<float*>(writable(name, *tensor, DType::f32, size)) : nullptr;
-}
-
 void depthwise_conv(Tensor output, OptionalTensor mean, Tensor input, Tensor weight,
                     OptionalTensor scale, OptionalTensor bias, std::vector<int64_t> geometry,
                     int64_t activation) {

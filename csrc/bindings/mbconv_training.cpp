@@ -12,10 +12,6 @@
 namespace effkernels {
 namespace {
 
-float* optional_floats(const char* name, const OptionalTensor& tensor, int64_t size) {
-  return tensor ? static_cast<float*>(writable(name, *tensor, DType::f32, size)) : nullptr;
-}
-
 float* written_floats(const char* name, const Tensor& tensor, int64_t size) {
   return static_cast<float*>(writable(name, tensor, DType::f32, size));
 }
