@@ -5,7 +5,9 @@ import torch
 
 import effkernels as ek
 from effkernels import ops
+from effkernels.layout import output_size
 from effkernels.ops import BatchNormParameters, MBConvGeometry, MBConvParameters
+from effkernels.ops._common import resolve_padding
 from effkernels.testing import assert_close_to
 from tests.ops._blocks import (
     NORMS,
@@ -41,6 +43,17 @@ SHALLOW = Case(**{**vars(BLOCK), "expanded": 0, "reduced": 0, "activation": "rel
 CASES = [BLOCK, SHALLOW, Case(**{**vars(BLOCK), "stride": 2, "residual": False, "kernel": 5})]
 
 
+def _enough_values(case: Case) -> bool:
+    """The BatchNorms see 8 values a channel. Two become 1 and -1 whatever they were, and the
+    gradient is what rounding leaves: a draw alone decides over the error of many."""
+    if min(case.size) + {0: 0, (3, 0, 1, 4): 3}.get(case.padding, 6) < case.kernel:
+        return False  # no output
+    window = [case.kernel] * 2, [case.stride] * 2
+    sides = resolve_padding("padding", case.padding, case.size, *window, [1, 1])
+    height, width = output_size(case.size, window[0], window[1], sides, [1, 1])
+    return case.batch * height * width >= 8
+
+
 # Around register tiles, panels and chunks of pixels; taps that see padding on one side only.
 SHAPES = pairwise(
     {
@@ -54,9 +67,11 @@ SHAPES = pairwise(
         "stride": (1, 2, 3),
         "padding": ("same", "symmetric", 0, (3, 0, 1, 4)),
         "residual": (False,),
-        "activation": ("silu", "relu6", "hard_swish", "none"),
+        # Smooth ones: at a corner one value of thousands may fall on the other side by rounding.
+        # Corners are in CASES and, from inputs that are exact, in tests/native.
+        "activation": ("silu", "sigmoid", "none"),
     },
-    lambda case: min(case.size) + {0: 0, (3, 0, 1, 4): 3}.get(case.padding, 6) >= case.kernel,
+    _enough_values,
 )
 LAYERS = [
     Case(**{**vars(BLOCK), "channels": 40, "outputs": 40, "expanded": 240, "size": (28, 28)}),
