@@ -295,6 +295,9 @@ def _define_backward(name: str, schema: str) -> torch._ops.OpOverload:
 def _laid_out_like(argument: Tensor, result: Tensor | None) -> Tensor:
     if result is None:  # no output that got a gradient depends on it
         return torch.zeros_like(argument)
+    same = result.stride() == argument.stride() and result.dtype == argument.dtype
+    if same and result.is_contiguous():
+        return result
     layout = torch.empty_like(argument, device="meta")
     if result.stride() == layout.stride() and result.dtype == argument.dtype:
         return result

@@ -2,7 +2,7 @@
 
 A function here takes the arguments of the op of its name, packs the weights (cached), allocates
 the outputs and calls ``effkernels_cpu::<op>``, which sees dense NHWC tensors and float32 vectors
-only. Packing is plain PyTorch, one layout for every instruction set.
+only. Packed weights have one layout for every instruction set.
 """
 
 from __future__ import annotations
@@ -121,8 +121,9 @@ def _float32(vector: Tensor | None) -> Tensor | None:
 def gemm_panels(matrix: Tensor) -> Tensor:
     """[K, depth] as float32 panels [ceil(K / 16), depth, 16], zero beyond K."""
     channels, depth = matrix.shape
-    matrix = F.pad(matrix.detach().float(), (0, 0, 0, -channels % _PANEL))
-    return matrix.view(-1, _PANEL, depth).transpose(1, 2).contiguous()
+    panels = torch.empty(-(-channels // _PANEL), depth, _PANEL)
+    torch.ops.effkernels_cpu.pack_panels(panels, matrix.detach().float())
+    return panels
 
 
 def conv_panels(weight: Tensor) -> Tensor:

@@ -59,6 +59,14 @@ def _vector(size: int) -> Tensor:
     return torch.empty(size, dtype=torch.float32)
 
 
+def _like(weight: Tensor) -> Tensor:
+    """For the gradient of a 1x1 convolution: float32, [K, C] in memory, with the strides of the
+    weight where that may be: they tell nothing of channels_last, and another would be copied."""
+    if weight.is_contiguous():
+        return torch.empty_like(weight, dtype=torch.float32)
+    return torch.empty(weight.shape, dtype=torch.float32)
+
+
 def can_run(input: Tensor, *rest: Any) -> str | None:
     """None if the CPU kernels can run the block on these arguments, else the reason why not."""
     if input.numel() == 0:
@@ -262,7 +270,7 @@ def mbconv_training_backward(
         for_hidden = empty_nhwc(hidden, *hidden.shape[1:])
         sums = torch.empty(hidden.shape[0], _SUMS, channels, dtype=torch.float32)
     if needed[11]:
-        results[11] = torch.empty(project_weight.shape, dtype=torch.float32)
+        results[11] = _like(project_weight)
     if before_project or needed[11]:
         kernels.mbconv_training_product_backward(
             for_hidden,
@@ -343,7 +351,7 @@ def mbconv_training_backward(
     if needed[0]:
         results[0] = empty_nhwc(input, *input.shape[1:])
     if needed[1]:
-        results[1] = torch.empty(expand_weight.shape, dtype=torch.float32)
+        results[1] = _like(expand_weight)
     kernels.mbconv_training_product_backward(
         results[0],
         results[1],

@@ -240,6 +240,12 @@ def test_one_weight_in_two_threads():
 # The packed weights of the native kernels
 
 
+needs_kernels = pytest.mark.skipif(
+    not ek.backends()["native"].available, reason=ek.backends()["native"].reason
+)
+
+
+@needs_kernels
 @pytest.mark.parametrize("shape", [(1, 3, 3, 3), (16, 4, 1, 1), (17, 5, 3, 5)])
 def test_gemm_panels(shape):
     weight = torch.randn(shape)
@@ -264,7 +270,7 @@ def test_depthwise_taps(channels):
     assert not taps[:, channels:].any()
 
 
-@pytest.mark.skipif(not ek.backends()["native"].available, reason=ek.backends()["native"].reason)
+@needs_kernels
 def test_a_trained_weight_is_packed_again():
     """The whole way: the native op after every kind of update."""
     weight = nn.Parameter(torch.randn(8, 3, 3, 3))

@@ -11,6 +11,7 @@
 #include "bindings/arguments.h"
 #include "bindings/program.h"
 #include "common/isa_select.h"
+#include "common/panels.h"
 #include "conv/conv.h"
 #include "depthwise_conv/depthwise_conv.h"
 #include "depthwise_separable_conv/depthwise_separable_conv.h"
@@ -308,6 +309,16 @@ void depthwise_separable_conv(Tensor output, Tensor input, Tensor depthwise_weig
   depthwise_separable_conv_cpu(args);
 }
 
+void pack_panels(Tensor panels, Tensor matrix) {
+  STD_TORCH_CHECK(matrix.dim() == 2, "effkernels_cpu: pack_panels: not a matrix");
+  const int64_t rows = matrix.size(0), columns = matrix.size(1);
+  write_panels(
+      Matrix{floats("matrix", matrix, rows * columns), rows, columns, matrix.stride(0),
+             matrix.stride(1)},
+      static_cast<float*>(writable("panels", panels, DType::f32, panels_size(rows, columns))),
+      torch_threads());
+}
+
 void mbconv(Tensor output, Tensor input, OptionalTensor expand_weight, OptionalTensor expand_scale,
             OptionalTensor expand_bias, Tensor depthwise_weight, OptionalTensor depthwise_scale,
             OptionalTensor depthwise_bias, OptionalTensor se_reduce_weight,
@@ -407,6 +418,7 @@ STABLE_TORCH_LIBRARY(effkernels_cpu, m) {
       "Tensor? se_expand_weight, Tensor? se_expand_bias, Tensor project_weight, "
       "Tensor? project_scale, Tensor? project_bias, int[] geometry, bool residual, "
       "int[] activations) -> ()");
+  m.def("pack_panels(Tensor(a!) panels, Tensor matrix) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(effkernels_cpu, CPU, m) {
@@ -424,6 +436,7 @@ STABLE_TORCH_LIBRARY_IMPL(effkernels_cpu, CPU, m) {
   m.impl("batch_norm_act_backward", TORCH_BOX(&effkernels::batch_norm_act_backward));
   m.impl("depthwise_separable_conv", TORCH_BOX(&effkernels::depthwise_separable_conv));
   m.impl("mbconv", TORCH_BOX(&effkernels::mbconv));
+  m.impl("pack_panels", TORCH_BOX(&effkernels::pack_panels));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(effkernels_cpu, CompositeExplicitAutograd, m) {

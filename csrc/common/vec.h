@@ -25,7 +25,7 @@ namespace effkernels {
 namespace EFFKERNELS_ISA {
 
 // Asks for a line that is needed in a while, into the second cache.
-EFFKERNELS_INLINE void prefetch(const float* p) { __builtin_prefetch(p, 0, 2); }
+EFFKERNELS_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // bf16 is the upper half of a float; the store rounds to nearest even and keeps NaN.
 EFFKERNELS_INLINE float to_float(bf16 value) {

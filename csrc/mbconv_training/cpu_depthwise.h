@@ -49,6 +49,7 @@ void depthwise(const TrainingDepthwiseArgs& args) {
   const NormVectors norm = norm_vectors(args.norm, channels, arena);
   const Moments moments = make_moments(arena.take(moments_size(all, channels)), all, channels);
   const int64_t reach = g.dilation_h * (g.kernel_h - 1), weight_stride = round_up(channels, kPanel);
+  const int64_t row_size = in.width * channels;
   const int64_t width = (args.out_width - 1) * g.stride_w + g.dilation_w * (g.kernel_w - 1) + 1;
   const int64_t columns = max_of(0, min_of(in.width, width - g.left));  // that some window sees
   // Every band makes the rows that it shares with its neighbour again, so as few as will do.
@@ -74,6 +75,7 @@ void depthwise(const TrainingDepthwiseArgs& args) {
               float* to = ring.row(next) + g.left * kTileChannels;
               for (int64_t x = 0; x < columns; x++, from += channels, to += kTileChannels) {
                 for (int64_t c = 0; c < channels; c += Vec::size) {
+                  prefetch(from + c + row_size);
                   Vec value = load_upto(from + c, min_of(channels - c, Vec::size));
                   if (norm.mean != nullptr) {
                     const Vec d = value - Vec::load(norm.mean + c);
@@ -171,6 +173,8 @@ inline void gradient_row(const TrainingDepthwiseBackwardArgs& args, const Output
     float* to = ring.row(y) + column * kTileChannels;
     for (int64_t c = 0; c < channels; c += Vec::size) {
       const int64_t n = min_of(channels - c, Vec::size);
+      prefetch(upstream + (x + args.out_width) * channels + c);
+      prefetch(output + (x + args.out_width) * channels + c);
       Vec u = load_upto(upstream + x * channels + c, n);
       if (gate != nullptr) u = u * load_upto(gate + c, n);
       if (offset != nullptr) u = u + load_upto(offset + c, n);
@@ -229,6 +233,7 @@ inline void backward_row(const TrainingDepthwiseBackwardArgs& args, const NormVe
   const T* input = static_cast<const T*>(args.input) + start;
   for (int64_t x = 0; x < width; x++) {
     for (int64_t c = 0; c < channels; c += Vec::size) {
+      prefetch(input + (x + width) * channels + c);
       Vec value = load_upto(input + x * channels + c, min_of(channels - c, Vec::size));
       const int64_t at = x * kTileChannels + row.at(c);
       if (norm.mean != nullptr) {

@@ -8,20 +8,26 @@ namespace effkernels {
 namespace EFFKERNELS_ISA {
 
 // Calls finish(row, rows, sums, channel, channels) for all of a chunk's product, whose A is
-// [rows, depth] with `stride` values a row.
+// [rows, depth] with `stride` values a row. A few register tiles of rows get all their channels
+// before the next rows do: results then reach memory in its own order.
 template <class Finish>
 EFFKERNELS_INLINE void product_rows(const float* a, int64_t stride, int64_t rows, int64_t depth,
                                     const float* packed, int64_t channels, Finish&& finish) {
   constexpr int64_t kWide = kTileChannels / kPanel;
+  constexpr int64_t kInCache = 98304;  // weights that the second cache keeps beside a chunk
+  const int64_t block = depth * channels <= kInCache ? 2 * kTileRows : max_of(rows, 1);
   const int64_t panels = ceil_div(channels, kPanel);
-  for (int64_t panel = 0; panel < panels;) {
-    const int64_t here = min_of(panels - panel, kWide), k = panel * kPanel;
-    panel += here;
-    const int64_t next = panel < panels ? min_of(panel, panels - here) : 0;
-    gemm_rows(a, stride, Dense{}, rows, packed + k * depth, here, depth,
-              packed + next * kPanel * depth, [&](int64_t row, int64_t count, const float* tile) {
-                finish(row, count, tile, k, min_of(channels - k, here * kPanel));
-              });
+  for (int64_t first = 0; first < rows; first += block) {
+    const int64_t some = min_of(block, rows - first);
+    for (int64_t panel = 0; panel < panels;) {
+      const int64_t here = min_of(panels - panel, kWide), k = panel * kPanel;
+      panel += here;
+      const int64_t next = panel < panels ? min_of(panel, panels - here) : 0;
+      gemm_rows(a + first * stride, stride, Dense{}, some, packed + k * depth, here, depth,
+                packed + next * kPanel * depth, [&](int64_t row, int64_t count, const float* tile) {
+                  finish(first + row, count, tile, k, min_of(channels - k, here * kPanel));
+                });
+    }
   }
 }
 
@@ -81,6 +87,10 @@ void product(const TrainingProductArgs& args) {
       moments, [&](int64_t b) { return chunks.block_size(b); }, args.mean, args.var, args.parallel);
 }
 
+// Rows added up before they join their part's sum: that rounds less. All channels of these rows
+// come before the next rows: memory is read along, 16 rows side by side.
+constexpr int64_t kSumRows = 16;
+
 template <class T>
 void pool(const TrainingPoolArgs& args) {
   const int64_t channels = args.in.channels;
@@ -90,27 +100,27 @@ void pool(const TrainingPoolArgs& args) {
                                                               parts * channels))};
   const NormVectors norm = norm_vectors(args.norm, channels, arena);
   float* sums = arena.take(parts * channels);
-  constexpr int64_t kRows = 16;  // added up before they join their part's sum: rounds less
   with_activation(args.norm.activation, [&](auto activation) {
     parallel_for(args.parallel, chunks.count, [&](int64_t begin, int64_t end) {
       for (int64_t chunk = begin; chunk < end; chunk++) {
         for_images(chunks, chunk, [&](int64_t image, int64_t row, int64_t count) {
           const T* rows = static_cast<const T*>(args.input) + row * channels;
           float* sum = sums + (chunk + image) * channels;
-          for (int64_t c = 0; c < channels; c += Vec::size) {
-            const int64_t n = min_of(channels - c, Vec::size);
-            const Vec mean = Vec::load(norm.mean + c), scale = Vec::load(norm.scale + c);
-            const Vec bias = Vec::load(norm.bias + c);
-            Vec total = Vec::set1(0.0f);
-            for (int64_t first = 0; first < count; first += kRows) {
+          for (int64_t c = 0; c < channels; c++) sum[c] = 0.0f;
+          for (int64_t first = 0; first < count; first += kSumRows) {
+            const int64_t last = min_of(count, first + kSumRows);
+            for (int64_t c = 0; c < channels; c += Vec::size) {
+              const int64_t n = min_of(channels - c, Vec::size);
+              const Vec mean = Vec::load(norm.mean + c), scale = Vec::load(norm.scale + c);
+              const Vec bias = Vec::load(norm.bias + c);
               Vec some = Vec::set1(0.0f);
-              for (int64_t r = first; r < min_of(count, first + kRows); r++) {
+              for (int64_t r = first; r < last; r++) {
+                prefetch(rows + (r + kSumRows) * channels + c);
                 const Vec d = load_upto(rows + r * channels + c, n) - mean;
                 some = some + activate<decltype(activation)::value>(fma(d, scale, bias));
               }
-              total = total + some;
+              store_upto(load_upto(sum + c, n) + some, sum + c, n);
             }
-            store_first(total, sum + c, n);
           }
         });
       }
@@ -155,7 +165,6 @@ void norm_backward(const TrainingNormBackwardArgs& args) {
   const int64_t channels = args.in.channels;
   const Chunks chunks = make_chunks(args.in, args.in.pixels(), channels);
   float* sums = scratch(ScratchUse::kBlock, static_cast<size_t>(2 * chunks.count * channels));
-  constexpr int64_t kRows = 16;
   parallel_for(args.parallel, chunks.count, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; chunk++) {
       float* total = sums + 2 * chunk * channels;
@@ -164,12 +173,13 @@ void norm_backward(const TrainingNormBackwardArgs& args) {
         const Vec keep = Vec::set1(args.keep == nullptr ? 1.0f : args.keep[image]);
         const T* upstream = static_cast<const T*>(args.upstream) + row * channels;
         const T* input = static_cast<const T*>(args.input) + row * channels;
-        for (int64_t c = 0; c < channels; c += Vec::size) {
-          const int64_t n = min_of(channels - c, Vec::size);
-          const Vec mean = load_upto(args.norm.mean + c, n);
-          for (int64_t first = 0; first < count; first += kRows) {
+        for (int64_t first = 0; first < count; first += kSumRows) {
+          const int64_t last = min_of(count, first + kSumRows);
+          for (int64_t c = 0; c < channels; c += Vec::size) {
+            const int64_t n = min_of(channels - c, Vec::size);
+            const Vec mean = load_upto(args.norm.mean + c, n);
             Vec ts = Vec::set1(0.0f), products = Vec::set1(0.0f);
-            for (int64_t r = first; r < min_of(count, first + kRows); r++) {
+            for (int64_t r = first; r < last; r++) {
               const Vec t = load_upto(upstream + r * channels + c, n) * keep;
               ts = ts + t;
               products = fma(t, load_upto(input + r * channels + c, n) - mean, products);
@@ -197,16 +207,16 @@ void norm_backward(const TrainingNormBackwardArgs& args) {
 template <class T, Activation kActivation>
 inline void product_sums(const T* gradient, const T* input, int64_t count, int64_t channels,
                          const NormVectors& norm, float* sums) {
-  constexpr int64_t kRows = 16;
   for (int64_t i = 0; i < kProductSums * channels; i++) sums[i] = 0.0f;
-  for (int64_t c = 0; c < channels; c += Vec::size) {
-    const int64_t n = min_of(channels - c, Vec::size);
-    const Vec mean = Vec::load(norm.mean + c), scale = Vec::load(norm.scale + c);
-    const Vec bias = Vec::load(norm.bias + c);
-    for (int64_t first = 0; first < count; first += kRows) {
+  for (int64_t first = 0; first < count; first += kSumRows) {
+    const int64_t last = min_of(count, first + kSumRows);
+    for (int64_t c = 0; c < channels; c += Vec::size) {
+      const int64_t n = min_of(channels - c, Vec::size);
+      const Vec mean = Vec::load(norm.mean + c), scale = Vec::load(norm.scale + c);
+      const Vec bias = Vec::load(norm.bias + c);
       Vec totals[kProductSums];
       for (Vec& total : totals) total = Vec::set1(0.0f);
-      for (int64_t r = first; r < min_of(count, first + kRows); r++) {
+      for (int64_t r = first; r < last; r++) {
         const Vec u = load_upto(gradient + r * channels + c, n);
         const Vec d = load_upto(input + r * channels + c, n) - mean;
         const auto [x, s] = activate_with_slope<kActivation>(fma(d, scale, bias));
@@ -232,6 +242,35 @@ inline int64_t slot_count(const Chunks& chunks, int64_t values) {
   int64_t slots = kMost;
   while (slots > kFewest && slots * values > kValues) slots /= 2;
   return min_of(slots, chunks.count);
+}
+
+// out[m][n], or [n][m] if transposed, = the sum of the slots' [m, padded(n)], in double.
+inline void add_slots(const float* slots, int64_t count, int64_t m, int64_t n, bool transposed,
+                      float* out, const Parallel& parallel) {
+  constexpr int64_t kRows = 16, kColumns = 32;  // of a tile; padded(n) is whole tiles
+  parallel_for(parallel, ceil_div(m, kRows), [&](int64_t begin, int64_t end) {
+    float tile[kRows][kColumns];
+    for (int64_t first = begin * kRows; first < min_of(m, end * kRows); first += kRows) {
+      const int64_t rows = min_of(kRows, m - first);
+      for (int64_t j = 0; j < n; j += kColumns) {
+        const int64_t columns = min_of(kColumns, n - j);
+        for (int64_t i = 0; i < rows; i++) {
+          double totals[kColumns] = {};
+          for (int64_t slot = 0; slot < count; slot++) {
+            const float* from = slots + (slot * m + first + i) * padded(n) + j;
+            for (int64_t t = 0; t < kColumns; t++) totals[t] += from[t];
+          }
+          for (int64_t t = 0; t < kColumns; t++) tile[i][t] = static_cast<float>(totals[t]);
+        }
+        for (int64_t i = 0; !transposed && i < rows; i++) {
+          for (int64_t t = 0; t < columns; t++) out[(first + i) * n + j + t] = tile[i][t];
+        }
+        for (int64_t t = 0; transposed && t < columns; t++) {
+          for (int64_t i = 0; i < rows; i++) out[(j + t) * m + first + i] = tile[i][t];
+        }
+      }
+    }
+  });
 }
 
 template <class T>
@@ -313,18 +352,7 @@ void product_backward(const TrainingProductBackwardArgs& args) {
     reduce_parts(chunks, args.in.count, sums, kProductSums * depth, 1.0, args.sums, args.parallel);
   }
   if (weights == 0) return;
-  parallel_for(args.parallel, m, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      for (int64_t j = 0; j < n; j++) {
-        double total = 0.0;
-        for (int64_t slot = 0; slot < slots; slot++) {
-          total += gradients[(slot * m + i) * padded(n) + j];
-        }
-        args.weight_gradient[transposed ? j * depth + i : i * depth + j] =
-            static_cast<float>(total);
-      }
-    }
-  });
+  add_slots(gradients, slots, m, n, transposed, args.weight_gradient, args.parallel);
 }
 
 }  // namespace EFFKERNELS_ISA

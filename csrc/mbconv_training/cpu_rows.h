@@ -150,6 +150,11 @@ inline void norm_coefficients(const TrainingNorm& norm, int64_t c, double t, dou
 
 // ---- Rows
 
+// Values between what is read and what is fetched for later. Whole tensors pass by, with long
+// computations between the rows: the hardware's own prefetching starts anew each time, and ends
+// at each page.
+constexpr int64_t kAhead = 4096;
+
 // out[r][c] = gate[c] * activation(norm(rows[r][c])), as float32, `stride` values a row.
 template <class T, Activation kActivation>
 inline void operand_rows(const T* rows, int64_t count, int64_t channels, const NormVectors& norm,
@@ -157,6 +162,7 @@ inline void operand_rows(const T* rows, int64_t count, int64_t channels, const N
   for (int64_t r = 0; r < count; r++, rows += channels, out += stride) {
     for (int64_t c = 0; c < channels; c += Vec::size) {
       const int64_t n = min_of(channels - c, Vec::size);
+      prefetch(rows + c + kAhead);
       Vec x = load_upto(rows + c, n);
       if (norm.mean != nullptr) {
         const Vec centered = x - Vec::load(norm.mean + c);
@@ -180,6 +186,8 @@ inline void gradient_rows(const T* upstream, const T* output, int64_t count, int
   for (int64_t r = 0; r < count; r++) {
     for (int64_t c = 0; c < channels; c += Vec::size) {
       const int64_t n = min_of(channels - c, Vec::size), at = r * channels + c;
+      prefetch(upstream + at + kAhead);
+      prefetch(output + at + kAhead);
       const Vec t = load_upto(upstream + at, n) * factor;
       const Vec d = load_upto(output + at, n) - Vec::load(mean + c);
       const Vec rest =
