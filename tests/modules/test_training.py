@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -257,13 +258,13 @@ def test_double_backward_in_float32(block: nn.Module, image: Tensor) -> None:
     assert_accurate(penalty(copy.deepcopy(block), image), block, penalty, image)
 
 
-def functional(block: nn.Module, image: Tensor) -> Callable[[dict[str, Tensor]], Tensor]:
+def functional(block: nn.Module) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
     """A loss as a function of the parameters; buffers are not changed in place."""
     for norm in batch_norms(block):
         norm.track_running_stats, norm.num_batches_tracked = False, None
     state = {name: value.detach() for name, value in block.named_buffers()}
 
-    def loss(parameters: dict[str, Tensor], image: Tensor = image) -> Tensor:
+    def loss(parameters: dict[str, Tensor], image: Tensor) -> Tensor:
         output = torch.func.functional_call(block, (parameters, state), (image,))
         return output.square().mean()
 
@@ -276,33 +277,68 @@ def parameter_gradients(block: nn.Module, image: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(block(image).square().mean(), list(block.parameters())))
 
 
-def test_torch_func_grad(block: nn.Module, image: Tensor) -> None:
-    """Works, or says what does not."""
-    loss = functional(block, image)
-    parameters = {name: value.detach() for name, value in block.named_parameters()}
-    torch.manual_seed(5)
-    try:
-        got = torch.func.grad(loss)(parameters)
-    except RuntimeError as error:
-        assert "effkernels" in str(error) or "vmap" in str(error) or "functorch" in str(error)
+@contextmanager
+def plain_under(backend: str, refused: str, call: Callable[[], Any]) -> Iterator[None]:
+    """Kernels asked for by name refuse ``call``; inside, as everywhere else, it is taken apart.
+
+    Args:
+        backend: of the test.
+        refused: the op that says so.
+        call: must not be answered, least of all with zeros.
+    """
+    if backend == "reference":
+        yield
         return
+    message = f"{refused}: backend '{backend}' cannot run: torch.func's transforms and forward-mode"
+    with pytest.raises(ek.BackendUnavailable, match=message):
+        call()
+    with ek.use_backend("auto"):
+        yield
+
+
+def test_torch_func_grad(block: nn.Module, image: Tensor, backend: str) -> None:
+    loss = functional(block)
+    parameters = {name: value.detach() for name, value in block.named_parameters()}
+    gradient = torch.func.grad(loss)
+    with plain_under(backend, "mbconv_training", lambda: gradient(parameters, image)):
+        torch.manual_seed(5)
+        got = gradient(parameters, image)
     assert_accurate(list(got.values()), block, parameter_gradients, image)
 
 
-def test_torch_func_vmap(block: nn.Module, image: Tensor) -> None:
-    """Per-group gradients, in evaluation mode: work, or the error says what does not."""
-    block.eval()
-    loss = functional(block, image)
+def test_torch_func_vmap(block: nn.Module, image: Tensor, backend: str) -> None:
+    """Per-group gradients, in evaluation mode, where other libraries' blocks run their own code."""
+    own = isinstance(block, ek.MBConv)
+    loss = functional(block.eval())
     parameters = {name: value.detach() for name, value in block.named_parameters()}
-    try:
-        got = torch.func.vmap(torch.func.grad(loss), (None, 0))(
-            parameters, image.view(3, 2, 16, 9, 7)
-        )
-    except RuntimeError as error:
-        assert "effkernels" in str(error) or "vmap" in str(error) or "functorch" in str(error)
-        return
-    for index, group in enumerate(image.view(3, 2, 16, 9, 7)):
+    groups = image.view(3, 2, 16, 9, 7)
+    gradient = torch.func.vmap(torch.func.grad(loss), (None, 0))
+    with plain_under(
+        backend if own else "reference", "mbconv", lambda: gradient(parameters, groups)
+    ):
+        got = gradient(parameters, groups)
+    for index, group in enumerate(groups):
         assert_accurate([g[index] for g in got.values()], block, parameter_gradients, group)
+
+
+def test_forward_mode(block: nn.Module, backend: str) -> None:
+    """PyTorch takes the derivative of an op that it does not know for zero, and does not say so."""
+    block = without_drop_path(block).double()
+    for norm in batch_norms(block):  # in place, which transforms refuse
+        norm.track_running_stats, norm.num_batches_tracked = False, None
+    image = torch.randn(2, 16, 3, 3, dtype=torch.float64, requires_grad=True)
+    direction = torch.randn_like(image)
+
+    def along(image: Tensor) -> Tensor:
+        return torch.func.jvp(block, (image,), (direction,))[1]
+
+    with plain_under(backend, "mbconv_training", lambda: along(image)):
+        options = {"check_forward_ad": True, "check_backward_ad": False, "fast_mode": True}
+        assert gradcheck(block, image, **options)
+        transposed = torch.randn_like(along(image))
+        (backward,) = torch.autograd.grad(block(image), image, transposed)
+        pair = (along(image) * transposed).sum(), (backward * direction).sum()
+        assert_same_formulas(*([value] for value in pair))
 
 
 def test_compiled_step(block: nn.Module, image: Tensor, backend: str) -> None:
