@@ -85,7 +85,11 @@ def may_be_gathered(tensors: tuple[Tensor, ...]) -> bool:
     # older wrapper gives out views of one long parameter.
     if fsdp.FSDPModule.__subclasses__():
         return True
-    return any(isinstance(tensor._base, fsdp.FlatParameter) for tensor in tensors)
+    for tensor in tensors:
+        base = tensor._base
+        if base is not None and isinstance(base, fsdp.FlatParameter):  # this takes a microsecond
+            return True
+    return False
 
 
 def _insert(key: Hashable, entry: _Entry) -> None:
