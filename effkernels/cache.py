@@ -5,10 +5,14 @@ in-place updates and ``load_state_dict`` raise the version, ``.to`` and assignme
 memory. Optimizers with ``fused=True`` write without raising it (seen in torch 2.15), so a hook
 after every optimizer's step raises it for them. Like autograd, the cache cannot see a write
 through ``tensor.data`` or a NumPy view; after one, call :func:`clear_cache`.
+
+FSDP frees a gathered weight and gathers the next step's into the same tensor, at the same version
+and, if the allocator likes, the same address: nothing is kept of its weights.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -52,6 +56,8 @@ def cached(kind: Hashable, tensors: tuple[Tensor, ...], build: Callable[[], Any]
     """
     if any(tensor.is_inference() for tensor in tensors):
         return build()  # inference tensors count no versions, so nothing tells of a change
+    if may_be_gathered(tensors):
+        return build()
     if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
         # The graph will be replayed whatever has happened to the tensors since, and what is built
         # in it is not there before its first replay.
@@ -68,6 +74,22 @@ def cached(kind: Hashable, tensors: tuple[Tensor, ...], build: Callable[[], Any]
     storages = tuple(StorageWeakRef(tensor.untyped_storage()) for tensor in tensors)
     _insert(key, _Entry(storages, versions, value))
     return value
+
+
+def may_be_gathered(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether FSDP may write ``tensors`` unseen: what is derived from them must not be kept."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return False
+    # fully_shard makes classes of modules; what it gathers looks like any other parameter. The
+    # older wrapper gives out views of one long parameter.
+    if fsdp.FSDPModule.__subclasses__():
+        return True
+    for tensor in tensors:
+        base = tensor._base
+        if base is not None and isinstance(base, fsdp.FlatParameter):  # this takes a microsecond
+            return True
+    return False
 
 
 def _insert(key: Hashable, entry: _Entry) -> None:

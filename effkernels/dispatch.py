@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import cuda, triton
 
@@ -214,8 +215,8 @@ def define(
     native: Implementation | None,
     backward: Callable[..., Any] | None = None,
     saves: tuple[int, ...] = (),
-) -> torch._ops.OpOverload:
-    """Declare ``effkernels::<name>`` and return its overload.
+) -> Callable[..., Any]:
+    """Declare ``effkernels::<name>`` and return what calls it.
 
     The Triton implementation and its backward are the functions ``<name>`` and ``<name>_backward``
     of ``effkernels/triton/<op>.py``; those in CUDA C++, of ``effkernels/cuda/<op>.py``.
@@ -254,7 +255,35 @@ def define(
         setup_context=_make_setup_context(saves),
         lib=_library,
     )
-    return overload
+    return _make_call(operator, reference)
+
+
+def _make_call(operator: Operator, reference: Callable[..., Any]) -> Callable[..., Any]:
+    """The dispatcher op, or under torch.func's transforms its formula, which they see through.
+
+    An op with ``register_autograd`` they refuse (grad), and in forward mode PyTorch 2.14 takes its
+    derivative for zero without a word.
+    """
+    overload = operator.overload
+
+    def call(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling() or not _is_transformed():
+            return overload(*arguments)
+        choice = requested()
+        reason = "torch.func's transforms and forward-mode derivatives need plain PyTorch"
+        if choice not in ("auto", "reference"):
+            raise BackendUnavailable(f"{operator.name}: backend {choice!r} cannot run: {reason}")
+        if choice == "auto":
+            for name in backends_for(arguments[0], operator.name)[:-1]:
+                _log_once(operator.name, name, reason)
+        return reference(*arguments)
+
+    return call
+
+
+def _is_transformed() -> bool:
+    """Inside of a torch.func transform, or where forward-mode derivatives are computed."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _define_backward(name: str, schema: str) -> torch._ops.OpOverload:

@@ -9,7 +9,12 @@ from torch import Tensor
 
 
 def nhwc(input: Tensor) -> Tensor:
-    """``input`` [N, C, H, W] dense in NHWC order (channels_last); itself if it already is."""
+    """``input`` [N, C, H, W] dense in NHWC order (channels_last); itself if it already is.
+
+    What a torch.func transform hands out too: vmap refuses to look at its layout.
+    """
+    if torch._C._functorch.is_functorch_wrapped_tensor(input):
+        return input
     return input.contiguous(memory_format=torch.channels_last)
 
 

@@ -126,15 +126,32 @@ def assert_networks_agree(
     got = _run(copy.deepcopy(ours), images, training, gradients, forward)
     assert got.keys() == due.keys()
     for name, expected in due.items():
-        exact_values = _pooled(expected, expected)
-        stock_values = max(
-            (_pooled(baseline[name], expected).float() for baseline in baselines),
-            key=lambda values: float((values - exact_values).norm()),
-        )
-        assert_close_to(exact_values, _pooled(got[name], expected).float(), stock_values, name=name)
+        assert_pooled_close(expected, got[name], [each[name] for each in baselines], name)
 
 
-def _pooled(tensors: list[Tensor], expected: list[Tensor]) -> Tensor:
+def assert_pooled_close(
+    expected: Sequence[Tensor],
+    got: Sequence[Tensor],
+    baselines: Sequence[Sequence[Tensor]],
+    name: str,
+) -> None:
+    """Tensors of one kind, judged together by ``assert_close_to``.
+
+    Args:
+        expected: in float64.
+        got: what is being tested.
+        baselines: runs of PyTorch in ``got``'s dtype; the least accurate one counts.
+        name: what the message calls them.
+    """
+    exact_values = _pooled(expected, expected)
+    stock_values = max(
+        (_pooled(baseline, expected).float() for baseline in baselines),
+        key=lambda values: float((values - exact_values).norm()),
+    )
+    assert_close_to(exact_values, _pooled(got, expected).float(), stock_values, name=name)
+
+
+def _pooled(tensors: Sequence[Tensor], expected: Sequence[Tensor]) -> Tensor:
     """All of one kind in one vector, each divided by the size of its expected elements.
 
     The error of a vector of eight alone is too random to hold to twice another's. Where the

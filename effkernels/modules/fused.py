@@ -118,13 +118,12 @@ def fold(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor | None, Tensor | None
 
     Differentiable where a gradient is needed; otherwise kept until one of its tensors changes.
     """
-    offset = conv._parameters["bias"]
+    offset = _parameter(conv, "bias")
     if type(norm) is nn.Identity:
         return None, offset
     assert isinstance(norm, nn.BatchNorm2d)
-    parameters, buffers = norm._parameters, norm._buffers  # a third of getattr's time
-    weight, bias = parameters["weight"], parameters["bias"]
-    mean, var = buffers["running_mean"], buffers["running_var"]
+    weight, bias = _parameter(norm, "weight"), _parameter(norm, "bias")
+    mean, var = norm._buffers["running_mean"], norm._buffers["running_var"]
     assert mean is not None and var is not None
     eps = norm.eps
     sources = tuple([t for t in (weight, bias, mean, var, offset) if t is not None])
@@ -142,6 +141,13 @@ def fold(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor | None, Tensor | None
 
     given = (weight is None, bias is None, offset is None)
     return cached(("fold", eps, given), sources, build_plain)
+
+
+def _parameter(module: nn.Module, name: str) -> Tensor | None:
+    """``getattr`` in a third of its time, unless FSDP has made the parameter a plain attribute."""
+    parameters = module._parameters
+    found: Tensor | None = parameters[name] if name in parameters else getattr(module, name)
+    return found
 
 
 def _counts_batches(norm: nn.BatchNorm2d) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..cache import generation
+from ..cache import generation, may_be_gathered
 from ..dispatch import requested
 from ..kernels import kernels_for
 from ..program import Replay
@@ -144,9 +144,9 @@ def is_observed(input: Tensor) -> bool:
 
 def _trackable(module: nn.Module) -> bool:
     """Every change of ``module``'s tensors would be seen."""
-    return all(
-        type(tensor) in (Tensor, nn.Parameter) and not tensor.is_inference()
-        for tensor in (*module.parameters(), *module.buffers())
+    tensors = (*module.parameters(), *module.buffers())
+    return not may_be_gathered(tensors) and all(
+        type(tensor) in (Tensor, nn.Parameter) and not tensor.is_inference() for tensor in tensors
     )
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -64,16 +63,11 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Killed:
         # every process draws its own
         model_options={"drop_rate": 0.0, "drop_path_rate": 0.0},
     )
-    torchrun = ["torch.distributed.run", "--nproc-per-node=2", "--master-addr=localhost"]
     with (folder / "errors").open("w") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-m", *torchrun, "--master-port=0", "--rdzv-backend=c10d"]
-            + ["--rdzv-endpoint=localhost:0", tiny_training.__file__, *arguments(config)],
-            cwd=Path(__file__).parents[2],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            **tiny_training.two_processes(tiny_training.__file__, *arguments(config)),
             stdout=subprocess.DEVNULL,
             stderr=errors,
-            start_new_session=True,
         )
         try:
             written = folder / "run" / HISTORY

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,18 @@ def tiny_config(data: Path, out: Path, **options: Any) -> TrainConfig:
         "log_every": 1,
     }
     return TrainConfig(data=str(data), out=str(out), **(defaults | options))
+
+
+def two_processes(script: str, *words: str) -> dict[str, Any]:
+    """What ``subprocess`` needs to run ``script`` in two processes of this machine by torchrun."""
+    torchrun = ["torch.distributed.run", "--nproc-per-node=2", "--master-addr=localhost"]
+    return {
+        "args": [sys.executable, "-m", *torchrun, "--master-port=0", "--rdzv-backend=c10d"]
+        + ["--rdzv-endpoint=localhost:0", script, *words],
+        "cwd": Path(__file__).parents[2],
+        "env": os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        "start_new_session": True,
+    }
 
 
 if __name__ == "__main__":

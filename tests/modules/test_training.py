@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 import effkernels as ek
-from tests.modules.test_training_parity import blocks, mbconv, timm_block
-from tests.networks import batch_norms, make_realistic
+from tests.modules.test_training_parity import assert_same_formulas, blocks, mbconv, timm_block
+from tests.networks import assert_pooled_close, batch_norms, make_realistic
 
 SQUEEZE = ("se.", "block.2.fc")  # squeeze-and-excitation, whose activations are in place
 TIMM = {"dw_kernel_size": 3, "stride": 1, "exp_ratio": 4.0}
@@ -50,9 +51,50 @@ def gradients(block: nn.Module, run: Callable[[Tensor], Tensor], image: Tensor) 
     return list(torch.autograd.grad((output * weights).sum(), wanted))
 
 
-def assert_equal(left: list[Tensor], right: list[Tensor]) -> None:
-    for a, b in zip(left, right, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
+def trained(block: nn.Module, image: Tensor) -> list[Tensor]:
+    """:func:`gradients` of the block itself."""
+    return gradients(block, block, image)
+
+
+def assert_same(left: list[Tensor], right: list[Tensor]) -> None:
+    """The same kernels have done the same: to the bit."""
+    for index, (a, b) in enumerate(zip(left, right, strict=True)):
+        assert torch.equal(a, b), index
+
+
+def assert_accurate(
+    got: list[Tensor],
+    block: nn.Module,
+    run: Callable[[nn.Module, Tensor], list[Tensor]],
+    image: Tensor,
+) -> None:
+    """``got`` is as accurate as what ``run`` makes of a copy of ``block`` in plain PyTorch.
+
+    Args:
+        got: in float32, computed in another way than ``run`` does.
+        block: as it was before.
+        run: (copy of ``block``, image) -> what ``got`` should be.
+        image: [N, C, H, W].
+    """
+    with ek.use_backend("reference"):
+        due = run(copy.deepcopy(block).double(), image.double())
+        stock = [
+            run(
+                copy.deepcopy(block).to(memory_format=layout),
+                image.contiguous(memory_format=layout),
+            )
+            for layout in (torch.contiguous_format, torch.channels_last)
+        ]
+    assert_pooled_close(due, got, stock, "result")
+
+
+def without_drop_path(block: nn.Module) -> nn.Module:
+    for module in block.modules():
+        if isinstance(module, ek.MBConv):
+            module.drop_path = 0.0
+        if type(module).__name__ in ("StochasticDepth", "DropPath"):
+            module.p = module.drop_prob = 0.0
+    return block
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -73,23 +115,21 @@ def test_activation_checkpointing(block: nn.Module, image: Tensor, reentrant: bo
         got = [tensor.grad for tensor in (input, *twin.parameters())]
     else:
         got = gradients(twin, recomputed, image)
-    assert_equal(got, due)
+    assert_same(got, due)
 
 
 def test_gradients_accumulate(block: nn.Module, image: Tensor) -> None:
-    for module in block.modules():
-        module.eval() if isinstance(module, nn.BatchNorm2d) else None
-    if isinstance(block, ek.MBConv):
-        block.drop_path = 0.0
-    for module in block.modules():
-        if type(module).__name__ in ("StochasticDepth", "DropPath"):
-            module.p = module.drop_prob = 0.0
-    block(image).square().sum().backward()
-    due = [parameter.grad.clone() for parameter in block.parameters()]
-    block.zero_grad()
-    for half in image.chunk(2):
-        block(half).square().sum().backward()
-    assert_equal([parameter.grad for parameter in block.parameters()], due)
+    """Those of two halves add up to the batch's, as accurately as PyTorch sums over the batch."""
+    without_drop_path(block)
+    for norm in batch_norms(block):
+        norm.eval()
+
+    def train(network: nn.Module, *batches: Tensor) -> list[Tensor]:
+        for batch in batches:
+            network(batch).square().sum().backward()
+        return [parameter.grad for parameter in network.parameters()]
+
+    assert_accurate(train(copy.deepcopy(block), *image.chunk(2)), block, train, image)
 
 
 def test_gradient_scaler(block: nn.Module, image: Tensor) -> None:
@@ -102,7 +142,7 @@ def test_gradient_scaler(block: nn.Module, image: Tensor) -> None:
     torch.manual_seed(5)
     scaler.scale(twin(image).square().mean()).backward()
     scaler.unscale_(optimizer)
-    assert_equal([p.grad for p in twin.parameters()], [p.grad for p in block.parameters()])
+    assert_same([p.grad for p in twin.parameters()], [p.grad for p in block.parameters()])
     before = [parameter.clone() for parameter in twin.parameters()]
     next(twin.parameters()).grad[0] = torch.inf
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
@@ -124,9 +164,7 @@ def test_averaged_weights(block: nn.Module, image: Tensor) -> None:
         averaged.update_parameters(block)
         with torch.no_grad():
             got = averaged.eval()(image)
-            with ek.use_backend("reference"):
-                fresh = copy.deepcopy(averaged.module).eval()(image)
-            torch.testing.assert_close(got, fresh, rtol=1e-3, atol=1e-4)
+            assert_accurate([got], averaged.module, lambda net, x: [net.eval()(x)], image)
     assert not torch.allclose(got, copy.deepcopy(block).eval()(image))
 
 
@@ -144,7 +182,7 @@ def test_freezing_computes_needed_gradients_only(block: nn.Module, image: Tensor
         twin(image).square().mean().backward()
         for name, parameter in twin.named_parameters():
             if name == chosen:
-                torch.testing.assert_close(parameter.grad, due[name], rtol=1e-4, atol=1e-6)
+                assert torch.equal(parameter.grad, due[name]), name
             else:
                 assert parameter.grad is None, name
 
@@ -183,8 +221,7 @@ def test_sync_batch_norm(name: str, first: str, tmp_path: Path, backend: str) ->
     ours = ek.accelerate(convert(ours)) if first == "convert" else convert(ek.accelerate(ours))
     assert any(isinstance(module, nn.SyncBatchNorm) for module in ours.modules())
     image = torch.randn(4, next(theirs.parameters()).shape[1], 8, 8)
-    results = [gradients(block.eval(), block, image) for block in (ours, theirs)]
-    assert_equal(*results)
+    assert_accurate(gradients(ours.eval(), ours, image), theirs.eval(), trained, image)
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
@@ -197,12 +234,7 @@ def test_sync_batch_norm(name: str, first: str, tmp_path: Path, backend: str) ->
 
 def test_double_backward_is_right_or_refused(block: nn.Module) -> None:
     """A penalty on the gradient: its gradient in float64 is that of finite differences."""
-    block = block.double()
-    if isinstance(block, ek.MBConv):
-        block.drop_path = 0.0
-    for module in block.modules():
-        if type(module).__name__ in ("StochasticDepth", "DropPath"):
-            module.p = module.drop_prob = 0.0
+    block = without_drop_path(block).double()
     image = torch.randn(2, 16, 3, 3, dtype=torch.float64, requires_grad=True)
 
     with ek.use_backend("reference"):  # native kernels have no float64
@@ -215,98 +247,132 @@ def test_double_backward_is_right_or_refused(block: nn.Module) -> None:
 
 
 def test_double_backward_in_float32(block: nn.Module, image: Tensor) -> None:
-    """As the kernels' users have it: right, to float32's accuracy, or PyTorch's error."""
-    twin = copy.deepcopy(block).double()
+    """As the kernels' users have it, as accurate as PyTorch's."""
 
-    def penalty(network: nn.Module, input: Tensor) -> Tensor:
+    def penalty(network: nn.Module, image: Tensor) -> list[Tensor]:
         torch.manual_seed(5)
+        input = image.clone().requires_grad_()
         (found,) = torch.autograd.grad(network(input).sin().sum(), input, create_graph=True)
-        (second,) = torch.autograd.grad(found.square().sum(), input)
-        return second
+        return list(torch.autograd.grad(found.square().sum(), input))
 
-    with ek.use_backend("reference"):
-        due = penalty(twin, image.double().requires_grad_())
-    got = penalty(block, image.clone().requires_grad_())
-    assert float((got - due).norm() / due.norm()) < 1e-3
+    assert_accurate(penalty(copy.deepcopy(block), image), block, penalty, image)
 
 
-def functional(block: nn.Module, image: Tensor) -> Callable[[dict[str, Tensor]], Tensor]:
+def functional(block: nn.Module) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
     """A loss as a function of the parameters; buffers are not changed in place."""
     for norm in batch_norms(block):
         norm.track_running_stats, norm.num_batches_tracked = False, None
     state = {name: value.detach() for name, value in block.named_buffers()}
 
-    def loss(parameters: dict[str, Tensor], image: Tensor = image) -> Tensor:
+    def loss(parameters: dict[str, Tensor], image: Tensor) -> Tensor:
         output = torch.func.functional_call(block, (parameters, state), (image,))
         return output.square().mean()
 
     return loss
 
 
-def test_torch_func_grad(block: nn.Module, image: Tensor) -> None:
-    """Works, or says what does not."""
-    loss = functional(block, image)
-    parameters = {name: value.detach() for name, value in block.named_parameters()}
+def parameter_gradients(block: nn.Module, image: Tensor) -> list[Tensor]:
+    """Of the loss of :func:`functional`, by backward()."""
     torch.manual_seed(5)
-    try:
-        got = torch.func.grad(loss)(parameters)
-    except RuntimeError as error:
-        assert "effkernels" in str(error) or "vmap" in str(error) or "functorch" in str(error)
-        return
-    torch.manual_seed(5)
-    block.zero_grad()
-    loss(dict(block.named_parameters())).backward()
-    assert_equal(list(got.values()), [parameter.grad for parameter in block.parameters()])
+    return list(torch.autograd.grad(block(image).square().mean(), list(block.parameters())))
 
 
-def test_torch_func_vmap(block: nn.Module, image: Tensor) -> None:
-    """Per-group gradients, in evaluation mode: work, or the error says what does not."""
-    block.eval()
-    loss = functional(block, image)
-    parameters = {name: value.detach() for name, value in block.named_parameters()}
-    try:
-        got = torch.func.vmap(torch.func.grad(loss), (None, 0))(
-            parameters, image.view(3, 2, 16, 9, 7)
-        )
-    except RuntimeError as error:
-        assert "effkernels" in str(error) or "vmap" in str(error) or "functorch" in str(error)
+@contextmanager
+def plain_under(backend: str, refused: str, call: Callable[[], Any]) -> Iterator[None]:
+    """Kernels asked for by name refuse ``call``; inside, as everywhere else, it is taken apart.
+
+    Args:
+        backend: of the test.
+        refused: the op that says so.
+        call: must not be answered, least of all with zeros.
+    """
+    if backend == "reference":
+        yield
         return
-    for index, group in enumerate(image.view(3, 2, 16, 9, 7)):
-        block.zero_grad()
-        loss(dict(block.named_parameters()), group).backward()
-        assert_equal([g[index] for g in got.values()], [p.grad for p in block.parameters()])
+    message = f"{refused}: backend '{backend}' cannot run: torch.func's transforms and forward-mode"
+    with pytest.raises(ek.BackendUnavailable, match=message):
+        call()
+    with ek.use_backend("auto"):
+        yield
+
+
+def test_torch_func_grad(block: nn.Module, image: Tensor, backend: str) -> None:
+    loss = functional(block)
+    parameters = {name: value.detach() for name, value in block.named_parameters()}
+    gradient = torch.func.grad(loss)
+    with plain_under(backend, "mbconv_training", lambda: gradient(parameters, image)):
+        torch.manual_seed(5)
+        got = gradient(parameters, image)
+    assert_accurate(list(got.values()), block, parameter_gradients, image)
+
+
+def test_torch_func_vmap(block: nn.Module, image: Tensor, backend: str) -> None:
+    """Per-group gradients, in evaluation mode, where other libraries' blocks run their own code."""
+    own = isinstance(block, ek.MBConv)
+    loss = functional(block.eval())
+    parameters = {name: value.detach() for name, value in block.named_parameters()}
+    groups = image.view(3, 2, 16, 9, 7)
+    gradient = torch.func.vmap(torch.func.grad(loss), (None, 0))
+    with plain_under(
+        backend if own else "reference", "mbconv", lambda: gradient(parameters, groups)
+    ):
+        got = gradient(parameters, groups)
+    for index, group in enumerate(groups):
+        assert_accurate([g[index] for g in got.values()], block, parameter_gradients, group)
+
+
+def test_forward_mode(block: nn.Module, backend: str) -> None:
+    """PyTorch takes the derivative of an op that it does not know for zero, and does not say so."""
+    block = without_drop_path(block).double()
+    for norm in batch_norms(block):  # in place, which transforms refuse
+        norm.track_running_stats, norm.num_batches_tracked = False, None
+    image = torch.randn(2, 16, 3, 3, dtype=torch.float64, requires_grad=True)
+    direction = torch.randn_like(image)
+
+    def along(image: Tensor) -> Tensor:
+        return torch.func.jvp(block, (image,), (direction,))[1]
+
+    with plain_under(backend, "mbconv_training", lambda: along(image)):
+        options = {"check_forward_ad": True, "check_backward_ad": False, "fast_mode": True}
+        assert gradcheck(block, image, **options)
+        transposed = torch.randn_like(along(image))
+        (backward,) = torch.autograd.grad(block(image), image, transposed)
+        pair = (along(image) * transposed).sum(), (backward * direction).sum()
+        assert_same_formulas(*([value] for value in pair))
 
 
 def test_compiled_step(block: nn.Module, image: Tensor, backend: str) -> None:
     """Forward, loss, backward and SGD in one compiled function."""
-    if backend == "reference":  # the compiler takes its ops apart and sums in another order
-        block, image = block.double(), image.double()
-    for module in block.modules():
-        if isinstance(module, ek.MBConv):
-            module.drop_path = 0.0
-        if type(module).__name__ in ("StochasticDepth", "DropPath"):
-            module.p = module.drop_prob = 0.0
-    twin = copy.deepcopy(block)
-    torch.compiler.reset()
+    without_drop_path(block)
 
-    def step(network: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
-        optimizer.zero_grad()
-        loss = network(image).square().mean()
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    losses = []
-    for network, compile in ((block, True), (twin, False)):
+    def train(network: nn.Module, image: Tensor, compile: bool = False) -> list[Tensor]:
         optimizer = torch.optim.SGD(network.parameters(), 0.1)
+
+        def step() -> Tensor:
+            optimizer.zero_grad()
+            loss = network(image).square().mean()
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
         run = torch.compile(step, backend="aot_eager") if compile else step
-        losses.append(torch.stack([run(network, optimizer) for _ in range(3)]))
-    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
-    assert_equal(
-        [*map(Tensor.detach, block.parameters())], [*map(Tensor.detach, twin.parameters())]
-    )
-    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
-    assert_equal(gradients(block, compiled, image), gradients(twin, twin, image))
+        losses = torch.stack([run() for _ in range(3)])
+        return [losses, *map(Tensor.detach, network.parameters())]
+
+    # The compiler takes the reference apart and sums in another order than PyTorch's own kernels.
+    if backend == "reference":
+        block, image = block.double(), image.double()
+    torch.compiler.reset()
+    stepped = train(copy.deepcopy(block), image, True)
+    twin = copy.deepcopy(block)
+    compiled = torch.compile(twin, backend="aot_eager", fullgraph=True)
+    found = gradients(twin, compiled, image)
+    if backend == "reference":
+        assert_same_formulas(stepped, train(copy.deepcopy(block), image))
+        assert_same_formulas(found, trained(block, image))
+    else:
+        assert_accurate(stepped, block, train, image)
+        assert_accurate(found, block, trained, image)
 
 
 def test_hooks_on_children(block: nn.Module, image: Tensor) -> None:
@@ -328,6 +394,5 @@ def test_hooks_on_children(block: nn.Module, image: Tensor) -> None:
         if isinstance(module, nn.Conv2d) and not name.startswith(SQUEEZE):
             module.register_full_backward_hook(partial(backward, name))
             expected.append(f"backward of {name}")
-    got, due = gradients(twin, twin, image), gradients(block, block, image)
-    assert_equal(got, due)
+    assert_accurate(gradients(twin, twin, image), block, trained, image)
     assert sorted(seen) == sorted(expected)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.autograd import gradcheck, gradgradcheck
 
 import effkernels as ek
 from effkernels import ops
@@ -224,6 +225,69 @@ def test_like_the_stages_of_a_block(case):
     results = torch.autograd.grad(got, [leaves["input"], *(leaves[n] for n in names)], gradient)
     for name, result, expectation in zip(["input", *names], results, due, strict=True):
         torch.testing.assert_close(result, expectation, msg=lambda text, name=name: name + text)
+
+
+SMALL = Case(
+    batch=2,
+    channels=2,
+    expanded=4,
+    outputs=2,
+    reduced=2,
+    size=(4, 3),
+    kernel=3,
+    stride=1,
+    padding="same",
+    residual=True,
+    activation="silu",
+)
+
+
+@pytest.mark.parametrize("keeps", [False, True], ids=["keeps all", "keep"])
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("reduced", [0, 2], ids=["no gate", "gate"])
+@pytest.mark.parametrize("expanded", [0, 4], ids=["no expansion", "expansion"])
+def test_gradients(expanded, reduced, residual, keeps):
+    """Of everything that may need one are those of finite differences."""
+    case = Case(**{**vars(SMALL), "expanded": expanded, "reduced": reduced, "residual": residual})
+    assert_gradients(case, torch.tensor([0.5, 1.25]) if keeps else None)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stride": 2, "residual": False},
+        {"padding": (0, 2, 1, 0), "residual": False},
+        {"activation": "hard_swish"},
+        {"activation": "relu6"},
+    ],
+    ids=str,
+)
+def test_gradients_of_other_geometries(options):
+    assert_gradients(Case(**{**vars(SMALL), **options}))
+
+
+def assert_gradients(case: Case, keep: torch.Tensor | None = None) -> None:
+    """``gradcheck`` of the reference on ``case``, for all of its tensors together."""
+    tensors = block_tensors(case, Draw(0, torch.float64))
+    extra = {} if keep is None else {"keep": keep.double()}
+    tensors = {name: tensor.requires_grad_() for name, tensor in (tensors | extra).items()}
+
+    def function(*values: torch.Tensor) -> torch.Tensor:
+        return run_block(case, dict(zip(tensors, values, strict=True)))
+
+    with ek.use_backend("reference"):
+        assert gradcheck(function, list(tensors.values()))
+
+
+def test_second_gradients():
+    tensors = block_tensors(SMALL, Draw(0, torch.float64))
+    tensors = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+
+    def function(*values: torch.Tensor) -> torch.Tensor:
+        return run_block(SMALL, dict(zip(tensors, values, strict=True)))
+
+    with ek.use_backend("reference"):
+        assert gradgradcheck(function, list(tensors.values()))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
