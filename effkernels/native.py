@@ -85,10 +85,14 @@ _error = _load()
 
 
 def can_run(input: Tensor, *rest: Any) -> str | None:
-    """None if the CPU kernels can run an op on these arguments, else the reason why not."""
-    if _error is not None:
+    """None if the CPU kernels can run an op on these arguments, else the reason why not.
+
+    Meta tensors, of which no kernel runs, go the way that the CPU's would go with kernels.
+    """
+    device = input.device.type
+    if _error is not None and device != "meta":
         return _error
-    if input.device.type != "cpu":
+    if device not in ("cpu", "meta"):
         return f"input is on {input.device}; the native kernels of this version run on the CPU"
     if input.dtype not in DTYPES:
         return f"input has dtype {input.dtype}; float32 and bfloat16 are accepted"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import native
+from .block_arguments import BlockArguments
 from .layout import empty_nhwc, nhwc, output_size
 
 _SUMS = 5  # of csrc/mbconv_training/mbconv_training.h kProductSums
@@ -74,35 +75,12 @@ def can_run(input: Tensor, *rest: Any) -> str | None:
     return native.can_run(input)
 
 
-def mbconv_training(
-    input: Tensor,
-    expand_weight: Tensor | None,
-    expand_norm_weight: Tensor | None,
-    expand_norm_bias: Tensor | None,
-    depthwise_weight: Tensor,
-    depthwise_norm_weight: Tensor | None,
-    depthwise_norm_bias: Tensor | None,
-    se_reduce_weight: Tensor | None,
-    se_reduce_bias: Tensor | None,
-    se_expand_weight: Tensor | None,
-    se_expand_bias: Tensor | None,
-    project_weight: Tensor,
-    project_norm_weight: Tensor | None,
-    project_norm_bias: Tensor | None,
-    keep: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    residual: bool,
-    eps: list[float],
-    activation: str,
-    se_activation: str,
-    gate_activation: str,
-) -> tuple[Tensor, ...]:
+def mbconv_training(*arguments: Any) -> tuple[Tensor, ...]:
     """The op ``mbconv_training``."""
+    block = BlockArguments(*arguments)
     kernels = torch.ops.effkernels_cpu
-    input = nhwc(input)
-    channels, outputs = depthwise_weight.shape[0], project_weight.shape[0]
+    input = nhwc(block.input)
+    channels, outputs = block.depthwise_weight.shape[0], block.project_weight.shape[0]
 
     def product(
         values: Tensor, weight: Tensor, norm: Norm | None, gate: Tensor | None
@@ -119,13 +97,11 @@ def mbconv_training(
     empty = input.new_empty(0)
     expanded, expand_mean, expand_var = empty, empty.clone(), empty.clone()
     values, norm = input, None
-    if expand_weight is not None:
-        values, expand_mean, expand_var = product(input, expand_weight, None, None)
+    if block.expand_weight is not None:
+        values, expand_mean, expand_var = product(input, block.expand_weight, None, None)
         expanded = values
-        norm = _norm(
-            expand_mean, expand_var, expand_norm_weight, expand_norm_bias, eps[0], activation
-        )
-    size = output_size(input.shape[2:], depthwise_weight.shape[2:], stride, padding, dilation)
+        norm = _norm(expand_mean, expand_var, *block.norms[0])
+    size = output_size(input.shape[2:], block.depthwise_weight.shape[2:], *block.geometry)
     hidden = empty_nhwc(input, channels, *size)
     depthwise_mean, depthwise_var = _vector(channels), _vector(channels)
     before = _before(norm)
@@ -135,40 +111,27 @@ def mbconv_training(
         depthwise_var,
         values,
         before.norm,
-        native.depthwise_taps(depthwise_weight),
-        native.kernel_geometry(depthwise_weight, stride, padding, dilation),
+        native.depthwise_taps(block.depthwise_weight),
+        native.kernel_geometry(block.depthwise_weight, *block.geometry),
         *before[1:],
     )
-    norm = _norm(
-        depthwise_mean,
-        depthwise_var,
-        depthwise_norm_weight,
-        depthwise_norm_bias,
-        eps[1],
-        activation,
-    )
+    norm = _norm(depthwise_mean, depthwise_var, *block.norms[1])
     pooled, gate = empty.clone(), None
-    if se_reduce_weight is not None:
+    if block.se_reduce_weight is not None:
         pooled = torch.empty(input.shape[0], channels, dtype=torch.float32)
         kernels.mbconv_training_pool(pooled, hidden, *norm)
         gate = native.squeeze_excite_gate(
-            pooled,
-            se_reduce_weight,
-            se_reduce_bias,
-            se_expand_weight,
-            se_expand_bias,
-            se_activation,
-            gate_activation,
+            pooled, *block.squeeze_excite, block.se_activation, block.gate_activation
         )
-    projected, project_mean, project_var = product(hidden, project_weight, norm, gate)
-    norm = _norm(project_mean, project_var, project_norm_weight, project_norm_bias, eps[2], "none")
+    projected, project_mean, project_var = product(hidden, block.project_weight, norm, gate)
+    norm = _norm(project_mean, project_var, *block.norms[2])
     output = empty_nhwc(input, outputs, *size)
     kernels.mbconv_training_finish(
         output,
         projected,
         norm.vectors,
-        None if keep is None else keep.float().contiguous(),
-        input if residual else None,
+        None if block.keep is None else block.keep.float().contiguous(),
+        input if block.residual else None,
         norm.eps,
     )
     return (
@@ -188,7 +151,7 @@ def mbconv_training(
 
 def differentiates(arguments: Sequence[Any], gradients: Sequence[Tensor | None]) -> bool:
     """Whether :func:`mbconv_training_backward` is for this call: the output's gradient alone."""
-    keep = arguments[14]
+    keep = BlockArguments(*arguments).keep
     learned = keep is not None and keep.requires_grad
     return (
         gradients[0] is not None
@@ -205,40 +168,16 @@ def mbconv_training_backward(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of :func:`mbconv_training` for its arguments; ``saved`` are its other
     outputs."""
-    (
-        input,
-        expand_weight,
-        expand_norm_weight,
-        expand_norm_bias,
-        depthwise_weight,
-        depthwise_norm_weight,
-        depthwise_norm_bias,
-        se_reduce_weight,
-        se_reduce_bias,
-        se_expand_weight,
-        se_expand_bias,
-        project_weight,
-        project_norm_weight,
-        project_norm_bias,
-        keep,
-        stride,
-        padding,
-        dilation,
-        residual,
-        eps,
-        activation,
-        se_activation,
-        gate_activation,
-    ) = arguments
+    block = BlockArguments(*arguments)
     kernels = torch.ops.effkernels_cpu
     expanded, hidden, projected, *rest = saved
     expand_mean, expand_var, depthwise_mean, depthwise_var, project_mean, project_var, pooled = rest
     upstream = gradients[0]
     assert upstream is not None
-    input, upstream = nhwc(input), nhwc(upstream)
-    keep = None if keep is None else keep.float().contiguous()
+    input, upstream = nhwc(block.input), nhwc(upstream)
+    keep = None if block.keep is None else block.keep.float().contiguous()
     results: list[Tensor | None] = [None] * len(arguments)
-    channels, outputs = depthwise_weight.shape[0], project_weight.shape[0]
+    channels, outputs = block.depthwise_weight.shape[0], block.project_weight.shape[0]
     # What is needed of the stages before one: nothing, if all their tensors are frozen.
     before_depthwise = needed[0] or any(needed[1:4])
     before_project = before_depthwise or any(needed[4:11])
@@ -247,30 +186,24 @@ def mbconv_training_backward(
         return [_vector(size) if need else None for need in needed]
 
     # The projection
-    norm = _norm(project_mean, project_var, project_norm_weight, project_norm_bias, eps[2], "none")
+    norm = _norm(project_mean, project_var, *block.norms[2])
     coefficients: Tensor | None = torch.empty(3, outputs)
     results[12:14] = vectors(needed[12:14], outputs)
     kernels.mbconv_training_norm_backward(
         coefficients, *results[12:14], upstream, projected, norm.vectors, keep, norm.eps
     )
-    hidden_norm = _norm(
-        depthwise_mean,
-        depthwise_var,
-        depthwise_norm_weight,
-        depthwise_norm_bias,
-        eps[1],
-        activation,
-    )
-    squeeze = (se_reduce_weight, se_reduce_bias, se_expand_weight, se_expand_bias)
+    hidden_norm = _norm(depthwise_mean, depthwise_var, *block.norms[1])
     gate = None
-    if se_reduce_weight is not None:
-        gate = native.squeeze_excite_gate(pooled, *squeeze, se_activation, gate_activation)
+    if block.se_reduce_weight is not None:
+        gate = native.squeeze_excite_gate(
+            pooled, *block.squeeze_excite, block.se_activation, block.gate_activation
+        )
     for_hidden = sums = None
     if before_project:
         for_hidden = empty_nhwc(hidden, *hidden.shape[1:])
         sums = torch.empty(hidden.shape[0], _SUMS, channels, dtype=torch.float32)
     if needed[11]:
-        results[11] = _like(project_weight)
+        results[11] = _like(block.project_weight)
     if before_project or needed[11]:
         kernels.mbconv_training_product_backward(
             for_hidden,
@@ -284,7 +217,7 @@ def mbconv_training_backward(
             hidden,
             hidden_norm.vectors,
             gate,
-            native.gemm_panels(project_weight.flatten(1).t()),
+            native.gemm_panels(block.project_weight.flatten(1).t()),
             None,
             *hidden_norm[1:],
         )
@@ -296,7 +229,7 @@ def mbconv_training_backward(
     if gate is not None:
         pixels = hidden.shape[2] * hidden.shape[3]
         for_pooled, *results[7:11] = native.squeeze_excite_gate_backward(
-            [pooled, *squeeze, se_activation, gate_activation],
+            [pooled, *block.squeeze_excite, block.se_activation, block.gate_activation],
             [True, *needed[7:11], False, False],
             (),
             (sums[:, 0].contiguous(),),
@@ -304,11 +237,9 @@ def mbconv_training_backward(
         assert for_pooled is not None
         offset = for_pooled / pixels
     values, values_norm = input, None
-    if expand_weight is not None:
+    if block.expand_weight is not None:
         values = expanded
-        values_norm = _norm(
-            expand_mean, expand_var, expand_norm_weight, expand_norm_bias, eps[0], activation
-        )
+        values_norm = _norm(expand_mean, expand_var, *block.norms[0])
     for_values = for_taps = coefficients = None
     if before_depthwise:
         for_values = empty_nhwc(values, *values.shape[1:])
@@ -316,7 +247,7 @@ def mbconv_training_backward(
             coefficients = torch.empty(3, channels)
             results[2:4] = vectors(needed[2:4], channels)
     if needed[4]:
-        for_taps = torch.empty(depthwise_weight[0, 0].numel(), channels, dtype=torch.float32)
+        for_taps = torch.empty(block.depthwise_weight[0, 0].numel(), channels, dtype=torch.float32)
     results[5:7] = vectors(needed[5:7], channels)
     before = _before(values_norm)
     kernels.mbconv_training_depthwise_backward(
@@ -333,15 +264,15 @@ def mbconv_training_backward(
         offset,
         values,
         before.norm,
-        native.reversed_taps(depthwise_weight),
-        upstream if residual and values_norm is None else None,
-        native.kernel_geometry(depthwise_weight, stride, padding, dilation),
+        native.reversed_taps(block.depthwise_weight),
+        upstream if block.residual and values_norm is None else None,
+        native.kernel_geometry(block.depthwise_weight, *block.geometry),
         [hidden_norm.eps, before.eps],
         hidden_norm.activation,
     )
     if for_taps is not None:
-        results[4] = for_taps.t().reshape(depthwise_weight.shape)
-    if expand_weight is None:
+        results[4] = for_taps.t().reshape(block.depthwise_weight.shape)
+    if block.expand_weight is None:
         results[0] = for_values
         return tuple(results)
     if for_values is None or values_norm is None or not (needed[0] or needed[1]):
@@ -351,7 +282,7 @@ def mbconv_training_backward(
     if needed[0]:
         results[0] = empty_nhwc(input, *input.shape[1:])
     if needed[1]:
-        results[1] = _like(expand_weight)
+        results[1] = _like(block.expand_weight)
     kernels.mbconv_training_product_backward(
         results[0],
         results[1],
@@ -364,8 +295,8 @@ def mbconv_training_backward(
         input,
         None,
         None,
-        native.gemm_panels(expand_weight.flatten(1).t()),
-        upstream if residual else None,
+        native.gemm_panels(block.expand_weight.flatten(1).t()),
+        upstream if block.residual else None,
         0.0,
         0,
     )

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from effkernels import native
-from effkernels.dispatch import operators
+from effkernels.dispatch import operators, use_backend
 from effkernels.modules import arguments
 
 MODES = ("inference", "training")
@@ -68,9 +68,8 @@ def memory(
 
     Nothing is computed; ``model`` may be on the meta device and is left as it is. Counted is what
     is in use, in float32, from the second call on. Not counted are PyTorch itself, the code that
-    oneDNN compiles for each layer (20 MB or so for EfficientNet-B0's training), and what the
-    allocator holds back: of a process that trained, with glibc's malloc as it comes, up to 1.6
-    times as much was resident.
+    oneDNN compiles for each layer that it computes, and what the allocator holds back: of a process
+    that trained, with glibc's malloc as it comes, up to 1.6 times as much was resident.
 
     Args:
         model: takes [N, C, H, W] and gives [N, classes], as the networks of this library.
@@ -81,9 +80,6 @@ def memory(
         optimizer: ``"sgd"`` (with momentum) or ``"adam"``.
         kernels: whether the CPU kernels run, which pack weights and keep a block's inner tensors
             to themselves, or the reference; None: as here.
-
-    In training blocks are counted stage by stage. CPU kernels run a block as one op, and a step
-    needs less than predicted: EfficientNet-B0 at 160², batch 8, 223 of 348 MB.
 
     Raises:
         ValueError: naming the argument, what came and what is accepted; from ``model`` for an
@@ -173,7 +169,7 @@ def _training(
     meter.count("activations", [image, labels])
     for parameter in parameters:
         parameter.register_post_accumulate_grad_hook(meter.keep_gradient)
-    with meter:
+    with use_backend("native" if kernels else "reference"), meter:
         loss = F.cross_entropy(model(image), labels)
         meter.rename("workspace", "activations")
         loss.backward()
@@ -209,6 +205,16 @@ def _packed(function: Any, args: Sequence[Any], outputs: Any) -> dict[int, int]:
             width = native.winograd_width(weight, stride, dilation, outputs.shape[2:])
         found[_key(weight)] = native.packed_bytes(weight, width)
     return found
+
+
+def _inner_bytes(function: Any, args: Sequence[Any]) -> int:
+    """What an op needs beside its outputs while it runs, as far as it counts."""
+    if function is torch.ops.aten.convolution_backward.default:
+        return 2 * _bytes([args[2]])  # oneDNN's own layouts of the weight and of its gradient
+    if function is torch.ops.effkernels.mbconv_training_backward.default:
+        _, (expanded, hidden, *_), *_ = args
+        return _bytes([expanded, hidden])  # the gradients for what these become
+    return 0
 
 
 @dataclass(frozen=True)
@@ -316,11 +322,9 @@ class _Meter(TorchDispatchMode):
                 if key not in self._packed:
                     self._packed.add(key)
                     self._add("packed", size)
-        if function is torch.ops.aten.convolution_backward.default:
-            # oneDNN's own layouts of the weight and of its gradient
-            reordered = 2 * _bytes([args[2]])
-            self._add("workspace", reordered)
-            self._bytes["workspace"] -= reordered
+        inner = _inner_bytes(function, args)
+        self._add("workspace", inner)
+        self._bytes["workspace"] -= inner
         return outputs
 
     def _add(self, kind: str, size: int) -> None:

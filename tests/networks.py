@@ -6,9 +6,11 @@ import copy
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import effkernels as ek
 from effkernels.testing import FACTOR, assert_close_to, relative_error
@@ -60,6 +62,26 @@ def everything_as_modules() -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+class _Ops(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: Any = (), options: Any = None
+    ) -> Any:
+        if function.namespace == "effkernels":
+            self.names.append(function._opname)
+        return function(*arguments, **(options or {}))
+
+
+def training_ops(network: nn.Module, input: Tensor) -> list[str]:
+    """Names of the library's ops that run forward and backward, in order."""
+    with _Ops() as ops:
+        network(input).sum().backward()
+    return ops.names
 
 
 class Errors:

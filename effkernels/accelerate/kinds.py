@@ -40,14 +40,15 @@ class Accelerated(Planned):
 class AcceleratedBlock(Accelerated):
     """An inverted residual: in training one op where possible."""
 
-    def as_block(self) -> Block | None:
-        """The block as modules; None: it must be called."""
+    def as_block(self, *args: Any, **kwargs: Any) -> Block | None:
+        """The block as modules; None: it must be called. Arguments are the forward pass's beyond
+        its input."""
         raise NotImplementedError
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original's."""
-        if self.training and len(args) == 1 and not kwargs:
-            block = self.as_block()
+        if self.training and len(args) == 1:
+            block = self.as_block(**kwargs)
             trained = None if block is None else train_block(block, args[0])
             if trained is not None:
                 return trained

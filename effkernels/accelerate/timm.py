@@ -6,12 +6,12 @@ MixNet, FBNet, TinyNet; and its ResNets.
 from collections.abc import Sequence
 from typing import Any
 
-from timm.layers import drop, norm_act
+from timm.layers import Conv2dSame, drop, norm_act
 from timm.models import _efficientnet_blocks, efficientnet, mobilenetv3, resnet
 from torch import nn
 
 from ..modules.block import Block
-from ..modules.fused import ConvNorm
+from ..modules.fused import ConvNorm, register_convolution
 from ..modules.hooks import is_untouched
 from ..modules.squeeze_excite import register_squeeze_excite
 from .kinds import Accelerated, AcceleratedBlock, AcceleratedNormAct, AcceleratedSqueezeExcite
@@ -26,6 +26,7 @@ class SqueezeExcite(AcceleratedSqueezeExcite, _efficientnet_blocks.SqueezeExcite
 
 
 register_squeeze_excite(SqueezeExcite, "conv_reduce", "act1", "conv_expand", "gate")
+register_convolution(Conv2dSame, lambda conv: "same")
 
 
 def _stage(conv: nn.Module, norm: nn.Module) -> ConvNorm | None:

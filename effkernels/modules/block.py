@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import torch
@@ -16,11 +17,20 @@ from .fused import (
     cast_weight,
     convolution_kind,
     count_batch,
+    geometry,
     norm_parameters,
     uses_batch_statistics,
 )
 from .hooks import has_global_hooks, is_untouched
-from .squeeze_excite import NO_SQUEEZE_EXCITE, fused_squeeze_excite
+from .squeeze_excite import NO_SQUEEZE_EXCITE, SqueezeExciteParts, fused_squeeze_excite
+
+
+def kept(input: Tensor, probability: float) -> Tensor:
+    """What stochastic depth multiplies each sample with, [N]; torchvision and timm draw the same
+    random numbers."""
+    keep = 1.0 - probability
+    noise = input.new_empty(input.shape[0]).bernoulli_(keep)
+    return noise.div_(keep) if keep > 0.0 else noise
 
 
 class Block(NamedTuple):
@@ -33,22 +43,15 @@ class Block(NamedTuple):
     expand: ConvNorm | None
     depthwise: ConvNorm
     project: ConvNorm
-    squeeze_excite: nn.Module | None
+    squeeze_excite: nn.Module | SqueezeExciteParts | None
     residual: bool
     drop_path: float = 0.0  # probability that training drops a sample's block
+    draw: Callable[[Tensor, float], Tensor] = kept  # what each is multiplied with then, [N]
 
     def stages(self) -> list[tuple[ConvNorm, str]]:
         """Its convolutions with their kinds, in order."""
         first = [] if self.expand is None else [(self.expand, "pointwise")]
         return [*first, (self.depthwise, "depthwise"), (self.project, "pointwise")]
-
-
-def kept(input: Tensor, probability: float) -> Tensor:
-    """What stochastic depth multiplies each sample with, [N]; torchvision and timm draw the same
-    random numbers."""
-    keep = 1.0 - probability
-    noise = input.new_empty(input.shape[0]).bernoulli_(keep)
-    return noise.div_(keep) if keep > 0.0 else noise
 
 
 def block_arguments(
@@ -82,16 +85,13 @@ def block_arguments(
         se_expand_weight=squeeze.expand_weight,
         se_expand_bias=squeeze.expand_bias,
     )
-    geometry = ops.MBConvGeometry(
-        (conv.stride[0], conv.stride[1]),
-        conv.padding if block.depthwise.same is None else "same",
-        (conv.dilation[0], conv.dilation[1]),
+    return parameters, ops.MBConvGeometry(
+        *geometry(block.depthwise),
         block.residual,
         activation,
         squeeze.activation,
         squeeze.gate_activation,
     )
-    return parameters, geometry
 
 
 def train_block(block: Block, input: Tensor) -> Tensor | None:
@@ -119,14 +119,15 @@ def train_block(block: Block, input: Tensor) -> Tensor | None:
     def norm(stage: ConvNorm) -> ops.BatchNormParameters:
         return norm_parameters(cast(nn.BatchNorm2d, stage.norm))
 
+    input = input if dtype is None else input.to(dtype)
     output = ops.mbconv_training(
-        input if dtype is None else input.to(dtype),
+        input,
         arguments[0],
         None if block.expand is None else norm(block.expand),
         norm(block.depthwise),
         norm(block.project),
         arguments[1],
-        kept(input, block.drop_path).float() if block.drop_path > 0.0 else None,
+        block.draw(input, block.drop_path).float() if block.drop_path > 0.0 else None,
     )
     for stage, _ in block.stages():
         count_batch(cast(nn.BatchNorm2d, stage.norm))

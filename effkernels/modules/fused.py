@@ -7,7 +7,8 @@ with a replaced ``forward`` is called as a module, so nothing that a user attach
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,10 @@ _ACTIVATION_NAMES: dict[type[nn.Module], str] = {
     nn.Hardswish: "hard_swish",
     nn.Sigmoid: "sigmoid",
     nn.Hardsigmoid: "hard_sigmoid",
+}
+# What a convolution pads its input by, from the module.
+_PADDINGS: dict[type[nn.Module], Callable[[Any], Padding | None]] = {
+    nn.Conv2d: lambda conv: None if isinstance(conv.padding, str) else conv.padding
 }
 
 
@@ -48,6 +53,14 @@ def register_activation(module_class: type[nn.Module], name: str) -> None:
     _ACTIVATION_NAMES[module_class] = name
 
 
+def register_convolution(
+    module_class: type[nn.Module], padding: Callable[[Any], Padding | None]
+) -> None:
+    """Let modules of exactly this class run as an nn.Conv2d that pads by ``padding(module)``, as
+    the ops take it; where that is None they are called."""
+    _PADDINGS[module_class] = padding
+
+
 def activation_name(module: nn.Module) -> str | None:
     """The ops' name of an activation module; None if it must be called as it is."""
     name = _ACTIVATION_NAMES.get(type(module))
@@ -56,16 +69,24 @@ def activation_name(module: nn.Module) -> str | None:
 
 def convolution_kind(conv: nn.Conv2d) -> str | None:
     """Which op computes ``conv``: pointwise, depthwise or dense; None: call the module."""
-    if type(conv) is not nn.Conv2d or not is_untouched(conv) or conv.padding_mode != "zeros":
+    padding = _own_padding(conv)
+    if padding is None or not is_untouched(conv) or conv.padding_mode != "zeros":
         return None
     kernel = conv.kernel_size
-    if isinstance(conv.padding, str) or kernel[0] % 2 == 0 or kernel[1] % 2 == 0:
+    if kernel[0] % 2 == 0 or kernel[1] % 2 == 0:
         return None
     if conv.groups == 1:
-        if kernel == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0):
+        unpadded = padding in ((0, 0), "same")  # which adds nothing to a window of one pixel
+        if kernel == (1, 1) and conv.stride in ((1, 1), [1, 1]) and unpadded:
             return "pointwise"
         return "dense"
     return "depthwise" if conv.groups == conv.in_channels == conv.out_channels else None
+
+
+def _own_padding(conv: nn.Conv2d) -> Any:
+    """What ``conv`` pads by, as the ops take it; None: it is not one that they know."""
+    padding = _PADDINGS.get(type(conv))
+    return None if padding is None else padding(conv)
 
 
 def is_plain_norm(norm: nn.Module) -> bool:
@@ -235,10 +256,10 @@ def conv_norm_act(
     return mean if return_mean else output
 
 
-def _geometry(stage: ConvNorm) -> tuple[tuple[int, int], Padding, tuple[int, int]]:
-    """Stride, padding and dilation as the ops take them."""
+def geometry(stage: ConvNorm) -> tuple[tuple[int, int], Padding, tuple[int, int]]:
+    """Stride, padding and dilation, as the ops take them, of a convolution that they know."""
     conv = stage.conv
-    padding: Padding = "same" if stage.same is not None else conv.padding
+    padding: Padding = "same" if stage.same is not None else _own_padding(conv)
     return (conv.stride[0], conv.stride[1]), padding, (conv.dilation[0], conv.dilation[1])
 
 
@@ -254,7 +275,7 @@ def _convolve(
     return_mean: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(output, its spatial mean; the mean only means something with ``return_mean``)."""
-    stride, padding, dilation = _geometry(stage)
+    stride, padding, dilation = geometry(stage)
     if kind == "pointwise":
         result = ops.pointwise_conv(
             input, weight, bias, None, residual, activation, return_mean, scale=scale

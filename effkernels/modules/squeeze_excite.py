@@ -73,6 +73,15 @@ class FusedSqueezeExcite(NamedTuple):
     gate_activation: str
 
 
+class SqueezeExciteParts(NamedTuple):
+    """Its modules one by one, of a block that has it without a module for the whole."""
+
+    reduce: nn.Module | None
+    activation: nn.Module | None
+    expand: nn.Module | None
+    gate: nn.Module | None
+
+
 NO_SQUEEZE_EXCITE = FusedSqueezeExcite(None, None, None, None, "none", "sigmoid")
 
 
@@ -110,24 +119,32 @@ def squeeze_excite(input: Tensor, fused: FusedSqueezeExcite) -> Tensor:
     )
 
 
-def fused_squeeze_excite(module: nn.Module, dtype: torch.dtype | None) -> FusedSqueezeExcite | None:
+def fused_squeeze_excite(
+    module: nn.Module | SqueezeExciteParts, dtype: torch.dtype | None
+) -> FusedSqueezeExcite | None:
     """``module`` for the ops, weights in ``dtype``; None: it or its children must be called."""
+    if isinstance(module, SqueezeExciteParts):
+        return _fused(module, dtype)
     return fused_children(module, dtype) if is_untouched(module) else None
 
 
 def fused_children(module: nn.Module, dtype: torch.dtype | None) -> FusedSqueezeExcite | None:
     """The same where ``module`` itself is being called."""
     names = _CHILDREN.get(type(module))
-    if names is None:
+    if names is None or not _takes_the_mean(module, names[4]):
         return None
-    reduce, act, expand, last = (module._modules.get(name) for name in names[:4])
+    return _fused(SqueezeExciteParts(*map(module._modules.get, names[:4])), dtype)
+
+
+def _fused(parts: SqueezeExciteParts, dtype: torch.dtype | None) -> FusedSqueezeExcite | None:
+    reduce, act, expand, last = parts
     if not isinstance(reduce, nn.Conv2d) or not isinstance(expand, nn.Conv2d):
         return None
     if convolution_kind(reduce) != "pointwise" or convolution_kind(expand) != "pointwise":
         return None
     activation = None if act is None else activation_name(act)
     gate = None if last is None else activation_name(last)
-    if activation is None or gate is None or not _takes_the_mean(module, names[4]):
+    if activation is None or gate is None:
         return None
     return FusedSqueezeExcite(
         cast_weight(reduce.weight, dtype),

@@ -14,12 +14,13 @@ vectors: BatchNorm, activation and gate are recomputed from them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import native_training
+from ..block_arguments import BlockArguments
 from ..dispatch import Implementation, define
 from ..layout import empty_nhwc, nhwc, output_size
 from ._common import apply_activation, check_tensor, check_vector, reference_convolution
@@ -138,33 +139,10 @@ def mbconv_training(
     return output
 
 
-def _reference(
-    input: Tensor,
-    expand_weight: Tensor | None,
-    expand_norm_weight: Tensor | None,
-    expand_norm_bias: Tensor | None,
-    depthwise_weight: Tensor,
-    depthwise_norm_weight: Tensor | None,
-    depthwise_norm_bias: Tensor | None,
-    se_reduce_weight: Tensor | None,
-    se_reduce_bias: Tensor | None,
-    se_expand_weight: Tensor | None,
-    se_expand_bias: Tensor | None,
-    project_weight: Tensor,
-    project_norm_weight: Tensor | None,
-    project_norm_bias: Tensor | None,
-    keep: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    residual: bool,
-    eps: list[float],
-    activation: str,
-    se_activation: str,
-    gate_activation: str,
-) -> tuple[Tensor, ...]:
+def _reference(*arguments: Any) -> tuple[Tensor, ...]:
+    block = BlockArguments(*arguments)
     one, none = (1, 1), (0, 0, 0, 0)
-    empty = input.new_empty(0)
+    empty = block.input.new_empty(0)
 
     def convolve(
         values: Tensor,
@@ -178,53 +156,40 @@ def _reference(
             values, weight, None, None, stride, padding, dilation, groups, "none"
         )
 
-    def normalized(
-        values: Tensor, weight: Tensor | None, bias: Tensor | None, index: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def normalized(values: Tensor, index: int) -> tuple[Tensor, Tensor, Tensor]:
         mean, var = statistics(values)
-        return normalize(values, weight, bias, mean, var, None, eps[index]), mean, var
+        weight, bias, eps, _ = block.norms[index]
+        return normalize(values, weight, bias, mean, var, None, eps), mean, var
 
     def activated(values: Tensor) -> Tensor:
-        return nhwc(apply_activation(values, activation).to(input.dtype))
+        return nhwc(apply_activation(values, block.activation).to(block.input.dtype))
 
     expanded, expand_mean, expand_var = empty, empty.clone(), empty.clone()
-    values = input
-    if expand_weight is not None:
-        expanded = convolve(input, expand_weight)
-        values, expand_mean, expand_var = normalized(
-            expanded, expand_norm_weight, expand_norm_bias, 0
-        )
+    values = block.input
+    if block.expand_weight is not None:
+        expanded = convolve(block.input, block.expand_weight)
+        values, expand_mean, expand_var = normalized(expanded, 0)
         values = activated(values)
-    channels = depthwise_weight.shape[0]
-    hidden = convolve(values, depthwise_weight, stride, padding, dilation, channels)
-    values, depthwise_mean, depthwise_var = normalized(
-        hidden, depthwise_norm_weight, depthwise_norm_bias, 1
-    )
+    channels = block.depthwise_weight.shape[0]
+    hidden = convolve(values, block.depthwise_weight, *block.geometry, channels)
+    values, depthwise_mean, depthwise_var = normalized(hidden, 1)
     values = activated(values)
     pooled = empty.clone()
-    if se_reduce_weight is not None and se_expand_weight is not None:
+    if block.se_reduce_weight is not None:
         pooled = values.mean((2, 3))
         gate = gate_reference(
-            pooled,
-            se_reduce_weight,
-            se_reduce_bias,
-            se_expand_weight,
-            se_expand_bias,
-            se_activation,
-            gate_activation,
+            pooled, *block.squeeze_excite, block.se_activation, block.gate_activation
         )
         values = values * gate[:, :, None, None]
-        pooled = pooled.to(torch.promote_types(input.dtype, torch.float32))
-    projected = convolve(values, project_weight)
-    output, project_mean, project_var = normalized(
-        projected, project_norm_weight, project_norm_bias, 2
-    )
-    if keep is not None:
-        output = output * keep.to(output.dtype).view(-1, 1, 1, 1)
-    if residual:
-        output = output + input
+        pooled = pooled.to(torch.promote_types(block.input.dtype, torch.float32))
+    projected = convolve(values, block.project_weight)
+    output, project_mean, project_var = normalized(projected, 2)
+    if block.keep is not None:
+        output = output * block.keep.to(output.dtype).view(-1, 1, 1, 1)
+    if block.residual:
+        output = output + block.input
     return (
-        nhwc(output.to(input.dtype)),
+        nhwc(output.to(block.input.dtype)),
         expanded,
         hidden,
         projected,

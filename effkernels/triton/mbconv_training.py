@@ -28,6 +28,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..block_arguments import BlockArguments
 from ..gpu import pack_taps
 from ..layout import nhwc
 from ..operands import Forward, Gradient
@@ -41,89 +42,51 @@ from .image_sums import gated, image_sums
 from .reduce import totals
 
 
-def mbconv_training(
-    input: Tensor,
-    expand_weight: Tensor | None,
-    expand_norm_weight: Tensor | None,
-    expand_norm_bias: Tensor | None,
-    depthwise_weight: Tensor,
-    depthwise_norm_weight: Tensor | None,
-    depthwise_norm_bias: Tensor | None,
-    se_reduce_weight: Tensor | None,
-    se_reduce_bias: Tensor | None,
-    se_expand_weight: Tensor | None,
-    se_expand_bias: Tensor | None,
-    project_weight: Tensor,
-    project_norm_weight: Tensor | None,
-    project_norm_bias: Tensor | None,
-    keep: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    residual: bool,
-    eps: list[float],
-    activation: str,
-    se_activation: str,
-    gate_activation: str,
-) -> tuple[Tensor, ...]:
+def mbconv_training(*arguments: Any) -> tuple[Tensor, ...]:
     """The op ``mbconv_training``."""
-    input = nhwc(input)
+    block = BlockArguments(*arguments)
+    input = nhwc(block.input)
     empty = input.new_empty(0)
-    kernel = list(depthwise_weight.shape[2:])
+    kernel = list(block.depthwise_weight.shape[2:])
     expanded, expand_mean, expand_var = empty, empty.clone(), empty.clone()
     values, operand = input, Forward()
-    if expand_weight is not None:
-        made = pointwise.product(input, expand_weight.flatten(1), moments=True)
+    if block.expand_weight is not None:
+        made = pointwise.product(input, block.expand_weight.flatten(1), moments=True)
         assert made.output is not None and made.moments is not None
         values = expanded = made.output
         expand_mean, expand_var = made.moments
-        operand = _after(
-            Normalization(expand_mean, expand_var, expand_norm_weight, expand_norm_bias, eps[0]),
-            activation,
-        )
+        normalization = Normalization(expand_mean, expand_var, *block.norms[0][:3])
+        operand = _after(normalization, block.activation)
     convolved = depthwise.convolve(
         values,
-        pack_taps(depthwise_weight),
+        pack_taps(block.depthwise_weight),
         kernel,
-        stride,
-        padding,
-        dilation,
+        *block.geometry,
         operand,
         moments=True,
     )
     hidden = convolved.output
     assert convolved.moments is not None
     depthwise_mean, depthwise_var = convolved.moments
-    normalization = Normalization(
-        depthwise_mean, depthwise_var, depthwise_norm_weight, depthwise_norm_bias, eps[1]
-    )
-    operand, pooled = _after(normalization, activation), empty.clone()
-    if se_reduce_weight is not None and se_expand_weight is not None:
+    normalization = Normalization(depthwise_mean, depthwise_var, *block.norms[1][:3])
+    operand, pooled = _after(normalization, block.activation), empty.clone()
+    if block.se_reduce_weight is not None:
         pixels = hidden.shape[2] * hidden.shape[3]
         sums, _ = excite.pool(hidden, operand)
         assert sums is not None
         pooled = totals(sums, 1 / pixels)
         gate = excite.gate(
-            pooled,
-            1.0,
-            se_reduce_weight,
-            se_reduce_bias,
-            se_expand_weight,
-            se_expand_bias,
-            se_activation,
-            gate_activation,
+            pooled, 1.0, *block.squeeze_excite, block.se_activation, block.gate_activation
         )
         operand = operand._replace(gate=gate)
-    made = pointwise.product(hidden, project_weight.flatten(1), operand, moments=True)
+    made = pointwise.product(hidden, block.project_weight.flatten(1), operand, moments=True)
     assert made.output is not None and made.moments is not None
     projected, (project_mean, project_var) = made.output, made.moments
-    normalization = Normalization(
-        project_mean, project_var, project_norm_weight, project_norm_bias, eps[2]
-    )
+    normalization = Normalization(project_mean, project_var, *block.norms[2][:3])
     last: Forward | Normalization = normalization
-    if keep is not None:
-        last = _after(normalization, "none")._replace(gate=_per_channel(keep, projected))
-    output = apply(projected, last, input if residual else None)
+    if block.keep is not None:
+        last = _after(normalization, "none")._replace(gate=_per_channel(block.keep, projected))
+    output = apply(projected, last, input if block.residual else None)
     return (
         output,
         expanded,
@@ -147,31 +110,7 @@ def mbconv_training_backward(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of :func:`mbconv_training` for its arguments; ``saved`` are its other outputs,
     whose own gradients must be None."""
-    (
-        input,
-        expand_weight,
-        expand_norm_weight,
-        expand_norm_bias,
-        depthwise_weight,
-        depthwise_norm_weight,
-        depthwise_norm_bias,
-        se_reduce_weight,
-        se_reduce_bias,
-        se_expand_weight,
-        se_expand_bias,
-        project_weight,
-        project_norm_weight,
-        project_norm_bias,
-        keep,
-        stride,
-        padding,
-        dilation,
-        residual,
-        eps,
-        activation,
-        se_activation,
-        gate_activation,
-    ) = arguments
+    block = BlockArguments(*arguments)
     expanded, hidden, projected, *statistics, pooled = saved
     upstream = gradients[0]
     results: list[Tensor | None] = [None] * len(arguments)
@@ -179,19 +118,12 @@ def mbconv_training_backward(
         raise NotImplementedError("mbconv_training: only its output can be differentiated")
     if upstream is None:
         return tuple(results)
-    input, upstream = nhwc(input), nhwc(upstream)
-    kernel = list(depthwise_weight.shape[2:])
-    taps = pack_taps(depthwise_weight)
+    input, upstream = nhwc(block.input), nhwc(upstream)
+    kernel = list(block.depthwise_weight.shape[2:])
+    taps = pack_taps(block.depthwise_weight)
     norms = [
-        Normalization(mean, var, weight, bias, e)
-        for mean, var, weight, bias, e in zip(
-            statistics[::2],
-            statistics[1::2],
-            (expand_norm_weight, depthwise_norm_weight, project_norm_weight),
-            (expand_norm_bias, depthwise_norm_bias, project_norm_bias),
-            eps,
-            strict=True,
-        )
+        Normalization(mean, var, *norm[:3])
+        for mean, var, norm in zip(statistics[::2], statistics[1::2], block.norms, strict=True)
     ]
     # What is needed of the stages before one: nothing, if all their tensors are frozen.
     before_depthwise = needed[0] or any(needed[1:4])
@@ -199,39 +131,40 @@ def mbconv_training_backward(
 
     # The projection
     gradient = Gradient(z=projected)
-    if keep is not None:
-        gradient = gradient._replace(gate=_per_channel(keep, projected))
+    if block.keep is not None:
+        gradient = gradient._replace(gate=_per_channel(block.keep, projected))
     gradient, results[12], results[13] = _normalized(
         gradient, gradient_sums(upstream, gradient, norms[2]), norms[2], projected, needed[12:14]
     )
-    operand, gate = _after(norms[1], activation), None
-    squeeze = (se_reduce_weight, se_reduce_bias, se_expand_weight, se_expand_bias)
-    if se_reduce_weight is not None:
-        gate = excite.gate(pooled, 1.0, *squeeze, se_activation, gate_activation)
+    operand, gate = _after(norms[1], block.activation), None
+    if block.se_reduce_weight is not None:
+        gate = excite.gate(
+            pooled, 1.0, *block.squeeze_excite, block.se_activation, block.gate_activation
+        )
         operand = operand._replace(gate=gate)
     if needed[11]:
         matrix, _ = pointwise.weight_gradient(upstream, gradient, hidden, operand)
-        results[11] = matrix.view(project_weight.shape)
+        results[11] = matrix.view(block.project_weight.shape)
     if needed[14]:
         raise NotImplementedError("mbconv_training: keep has no gradient")
     if before_project:
         after_depthwise = pointwise.product(
-            upstream, project_weight.flatten(1), gradient, transposed=True
+            upstream, block.project_weight.flatten(1), gradient, transposed=True
         ).output
         assert after_depthwise is not None
 
         # The gate, and the depthwise convolution
-        sums = image_sums(hidden, norms[1], activation, after_depthwise)
+        sums = image_sums(hidden, norms[1], block.activation, after_depthwise)
         gradient = Gradient(z=hidden, scale=operand.scale, shift=operand.shift)
-        gradient = gradient._replace(activation=activation)
+        gradient = gradient._replace(activation=block.activation)
         pixels = hidden.shape[2] * hidden.shape[3]
         if gate is not None:
             for_pooled, results[7:11] = _gate_gradients(
                 totals(sums[0]),
                 pooled,
-                squeeze,
-                se_activation,
-                gate_activation,
+                block.squeeze_excite,
+                block.se_activation,
+                block.gate_activation,
                 needed[7:11],
             )
             offset = for_pooled / pixels
@@ -243,26 +176,26 @@ def mbconv_training_backward(
             gradient, sums, norms[1], hidden, needed[5:7]
         )
         values, operand = input, Forward()
-        if expand_weight is not None:
-            values, operand = expanded, _after(norms[0], activation)
-        geometry = (kernel, stride, padding, dilation)
+        if block.expand_weight is not None:
+            values, operand = expanded, _after(norms[0], block.activation)
+        geometry = (kernel, *block.geometry)
         if needed[4]:
             for_taps, _ = depthwise_gradient.weight_gradient(
                 after_depthwise, gradient, values, operand, *geometry
             )
-            results[4] = for_taps.t().reshape(depthwise_weight.shape)
+            results[4] = for_taps.t().reshape(block.depthwise_weight.shape)
         if before_depthwise:
             size = (values.shape[2], values.shape[3])
             for_values = depthwise_gradient.input_gradient(
                 after_depthwise, taps, *geometry, size, gradient
             )
-            if expand_weight is None:
-                results[0] = for_values + upstream if residual else for_values
+            if block.expand_weight is None:
+                results[0] = for_values + upstream if block.residual else for_values
                 return tuple(results)
 
             # The expansion
             gradient = Gradient(z=expanded, scale=operand.scale, shift=operand.shift)
-            gradient = gradient._replace(activation=activation)
+            gradient = gradient._replace(activation=block.activation)
             gradient, results[2], results[3] = _normalized(
                 gradient,
                 gradient_sums(for_values, gradient, norms[0]),
@@ -272,14 +205,14 @@ def mbconv_training_backward(
             )
             if needed[1]:
                 matrix, _ = pointwise.weight_gradient(for_values, gradient, input, Forward())
-                results[1] = matrix.view(expand_weight.shape)
+                results[1] = matrix.view(block.expand_weight.shape)
             if needed[0]:
                 results[0] = pointwise.product(
                     for_values,
-                    expand_weight.flatten(1),
+                    block.expand_weight.flatten(1),
                     gradient,
                     transposed=True,
-                    residual=upstream if residual else None,
+                    residual=upstream if block.residual else None,
                 ).output
     return tuple(results)
 

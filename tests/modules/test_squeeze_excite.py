@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import timm
@@ -12,12 +11,12 @@ import torch
 from timm.models._efficientnet_blocks import SqueezeExcite as TimmSqueezeExcite
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import mobilenet_v3_small
 from torchvision.ops import SqueezeExcitation
 
 import effkernels as ek
 from effkernels.testing import assert_close_to
+from tests.networks import training_ops
 
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "ours": lambda: ek.SqueezeExcite(24, 6),
@@ -35,25 +34,8 @@ REDUCE, EXPAND, GATE = (
 )
 
 
-class Ops(TorchDispatchMode):
-    """Names of the library's ops that run, with their gradients'."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, arguments: Any = (), options: Any = None
-    ) -> Any:
-        if function.namespace == "effkernels":
-            self.names.append(function._opname)
-        return function(*arguments, **(options or {}))
-
-
 def ops_of(module: nn.Module, input: Tensor) -> list[str]:
-    with Ops() as ops:
-        module(input).sum().backward()
-    return [name for name in ops.names if "squeeze_excite" in name]
+    return [name for name in training_ops(module, input) if "squeeze_excite" in name]
 
 
 def made(name: str) -> tuple[nn.Module, nn.Module, Tensor]:

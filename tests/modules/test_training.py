@@ -18,8 +18,17 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 import effkernels as ek
-from tests.modules.test_training_parity import assert_same_formulas, blocks, mbconv, timm_block
-from tests.networks import assert_pooled_close, batch_norms, make_realistic
+from tests.modules.test_training_parity import (
+    BLOCKS,
+    DropConnect,
+    assert_same_formulas,
+    blocks,
+    image_for,
+    mbconv,
+    mbconv_block,
+    timm_block,
+)
+from tests.networks import assert_pooled_close, batch_norms, make_realistic, training_ops
 
 SQUEEZE = ("se.", "block.2.fc")  # squeeze-and-excitation, whose activations are in place
 TIMM = {"dw_kernel_size": 3, "stride": 1, "exp_ratio": 4.0}
@@ -27,6 +36,7 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
     "own": lambda: ek.MBConv(16, 16, drop_path=0.3),
     "torchvision": lambda: mbconv(4, 3, 1, 16, 16, 0.3),
     "timm": lambda: timm_block(16, 16, **TIMM, drop_path_rate=0.3),
+    "efficientnet_pytorch": lambda: mbconv_block(16, 16, 3, 1, (9, 7)),
 }
 
 
@@ -199,6 +209,14 @@ def saved_bytes(block: nn.Module, input: Tensor) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         block(input)
     return sum(kept.values())
+
+
+@pytest.mark.parametrize("name", [name for name in BLOCKS if "SAME" in name or "pytorch" in name])
+def test_padding_as_tensorflow_is_part_of_the_one_op(name: str, backend: str) -> None:
+    ours, theirs = blocks(name)
+    ours = (DropConnect(ours) if name.endswith("torch residual") else ours).train()
+    ran = [op for op in training_ops(ours, image_for(name, theirs)) if "mbconv" in op]
+    assert ran == (["mbconv_training", "mbconv_training_backward"] if backend == "native" else [])
 
 
 def test_nothing_is_kept_where_nothing_is_trained(block: nn.Module, image: Tensor) -> None:

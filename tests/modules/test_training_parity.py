@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import efficientnet_lite_pytorch
+import efficientnet_pytorch
 import pytest
 import torch
 from timm.models import _efficientnet_blocks as timm_blocks
@@ -53,6 +55,42 @@ def timm_block(
     if se:
         options["se_layer"] = partial(timm_blocks.SqueezeExcite, rd_ratio=0.25)
     return kind(inputs, outputs, act_layer=act, **options)
+
+
+class DropConnect(nn.Module):
+    """Calls a block as efficientnet_pytorch's network does."""
+
+    RATE = 0.4
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.block(input, drop_connect_rate=self.RATE)
+
+
+def mbconv_block(
+    inputs: int,
+    outputs: int,
+    kernel: int,
+    stride: int,
+    size: Size | None = None,
+    library: Any = efficientnet_pytorch,
+    name: str = "efficientnet-b0",
+    **options: Any,
+) -> nn.Module:
+    """The block of efficientnet_pytorch, which pads for images of ``size`` or (None) of any."""
+    first, settings = library.utils.get_model_params(name, None)
+    block = first[0]._replace(
+        num_repeat=1,
+        kernel_size=kernel,
+        stride=stride,
+        input_filters=inputs,
+        output_filters=outputs,
+        **{"expand_ratio": 4, "se_ratio": 0.25} | options,
+    )
+    return library.model.MBConvBlock(block, settings, image_size=size)
 
 
 TIMM = {"dw_kernel_size": 3, "stride": 1, "exp_ratio": 4.0}
@@ -126,6 +164,34 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], Size]] = {
         lambda: timm_block(16, 16, drop_path_rate=0.5),
         (6, 6),
     ),
+    "efficientnet_pytorch stride 2, even": (
+        lambda: mbconv_block(16, 24, 3, 2, (12, 10)),
+        (12, 10),
+    ),
+    "efficientnet_pytorch 5x5 stride 2, any size": (
+        lambda: mbconv_block(16, 24, 5, [2]),
+        (10, 13),
+    ),
+    # As in the network of another size: 0 and 1 pixels, not the 1 and 1 of an odd one.
+    "efficientnet_pytorch padded for another size": (
+        lambda: mbconv_block(16, 24, 3, 2, (32, 32)),
+        (11, 9),
+    ),
+    "efficientnet_pytorch no expansion, no gate": (
+        lambda: mbconv_block(20, 20, 3, 1, (9, 8), expand_ratio=1, se_ratio=None),
+        (9, 8),
+    ),
+    "efficientnet_pytorch residual": (lambda: mbconv_block(16, 16, 5, 1, (9, 8)), (9, 8)),
+    "efficientnet_pytorch drop-connect, no residual": (
+        lambda: DropConnect(mbconv_block(16, 24, 3, 1, (9, 8))),
+        (9, 8),
+    ),
+    "efficientnet_lite_pytorch stride 2, even": (
+        lambda: mbconv_block(
+            16, 24, 3, 2, (8, 14), efficientnet_lite_pytorch, "efficientnet-lite0", se_ratio=None
+        ),
+        (8, 14),
+    ),
     "timm EdgeResidual": (
         lambda: timm_blocks.EdgeResidual(16, 24, 3, 2, exp_ratio=4.0, act_layer=nn.SiLU),
         (9, 8),
@@ -141,6 +207,7 @@ VARIED = [
     "torchvision MobileNetV3 hard-swish, relu in the gate",
     "timm InvertedResidual SAME, 5x5, stride 2, odd",
     "timm DepthwiseSeparableConv",
+    "efficientnet_pytorch 5x5 stride 2, any size",
 ]
 
 
@@ -148,7 +215,8 @@ def blocks(name: str) -> tuple[nn.Module, nn.Module]:
     """The block on this library's kernels and as it comes, with the same values."""
     theirs = make_realistic(BLOCKS[name][0]())
     ours = ek.accelerate(copy.deepcopy(theirs))
-    assert type(ours) is not type(theirs)
+    classes = [[type(module) for module in block.modules()] for block in (ours, theirs)]
+    assert classes[0] != classes[1]
     return ours, theirs
 
 
@@ -211,6 +279,38 @@ def test_autocast(name: str, backend: str) -> None:
 
     ours, theirs = blocks(name)
     assert_networks_agree(ours, theirs, images(name, theirs), training=True, forward=forward)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "autocast"])
+def test_drop_connect(precision: str, backend: str) -> None:
+    """efficientnet_pytorch's, which draws other random numbers in every dtype: float64 gets the
+    original's, and the next draw is the same."""
+    dtype = torch.float32 if precision == "float32" else torch.bfloat16
+    theirs = make_realistic(mbconv_block(16, 16, 5, 1, (9, 8))).train()
+    exact = copy.deepcopy(theirs).double()
+    image = torch.randn(8, 16, 9, 8)
+    if precision == "bfloat16":
+        theirs, image = theirs.bfloat16(), image.bfloat16()
+        exact.load_state_dict(theirs.state_dict())
+    torch.manual_seed(3)
+    ones = torch.ones(8, 1, 1, 1, dtype=dtype)
+    factors = efficientnet_pytorch.utils.drop_connect(ones, DropConnect.RATE, True)
+    following = torch.rand(())
+    assert 0 < factors.count_nonzero() < 8
+    results = []
+    for block in (exact, theirs, ek.accelerate(copy.deepcopy(theirs))):
+        torch.manual_seed(3)
+        input = image.to(next(block.parameters()).dtype, copy=True).requires_grad_()
+        if block is exact:
+            output = input + factors.double() * (block(input) - input)
+        else:
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+                output = DropConnect(block)(input).to(dtype)
+            assert torch.equal(torch.rand(()), following)
+        output.double().square().sum().backward()
+        results.append((output.detach(), input.grad))
+    for due, stock, got in zip(*results, strict=True):
+        assert_close_to(due, got, stock)
 
 
 @pytest.mark.parametrize("name", VARIED)
