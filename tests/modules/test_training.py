@@ -314,8 +314,16 @@ def plain_under(backend: str, refused: str, call: Callable[[], Any]) -> Iterator
         yield
 
 
+def plain_swish(block: nn.Module) -> nn.Module:
+    """efficientnet_pytorch's default is an autograd.Function of its own, which PyTorch refuses to
+    transform where the block's own code runs; the library has another for such uses."""
+    if hasattr(block, "set_swish"):
+        block.set_swish(memory_efficient=False)
+    return block
+
+
 def test_torch_func_grad(block: nn.Module, image: Tensor, backend: str) -> None:
-    loss = functional(block)
+    loss = functional(plain_swish(block))
     parameters = {name: value.detach() for name, value in block.named_parameters()}
     gradient = torch.func.grad(loss)
     with plain_under(backend, "mbconv_training", lambda: gradient(parameters, image)):
@@ -327,7 +335,7 @@ def test_torch_func_grad(block: nn.Module, image: Tensor, backend: str) -> None:
 def test_torch_func_vmap(block: nn.Module, image: Tensor, backend: str) -> None:
     """Per-group gradients, in evaluation mode, where other libraries' blocks run their own code."""
     own = isinstance(block, ek.MBConv)
-    loss = functional(block.eval())
+    loss = functional(plain_swish(block).eval())
     parameters = {name: value.detach() for name, value in block.named_parameters()}
     groups = image.view(3, 2, 16, 9, 7)
     gradient = torch.func.vmap(torch.func.grad(loss), (None, 0))
@@ -341,7 +349,7 @@ def test_torch_func_vmap(block: nn.Module, image: Tensor, backend: str) -> None:
 
 def test_forward_mode(block: nn.Module, backend: str) -> None:
     """PyTorch takes the derivative of an op that it does not know for zero, and does not say so."""
-    block = without_drop_path(block).double()
+    block = plain_swish(without_drop_path(block)).double()
     for norm in batch_norms(block):  # in place, which transforms refuse
         norm.track_running_stats, norm.num_batches_tracked = False, None
     image = torch.randn(2, 16, 3, 3, dtype=torch.float64, requires_grad=True)
