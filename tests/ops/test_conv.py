@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
-from effkernels import ops
+from effkernels import native, ops
 from effkernels.ops import ACTIVATIONS
 from effkernels.testing import assert_matches
 
@@ -73,6 +73,8 @@ LAYERS = [
         (2, 48, 192, 14, 3, 2, None),
         (1, 128, 128, 14, 3, 1, "channels_last"),
         (1, 64, 128, 28, 1, 2, None),
+        (5, 48, 64, 1, 3, 1, None),
+        (5, 48, 64, 2, 3, 2, "channels_last"),
     )
 ]
 
@@ -320,3 +322,22 @@ BAD = {
 def test_bad_input(change, error, message):
     with pytest.raises(error, match=f"^conv: {message}"):
         ops.conv(**{"input": X, "weight": W, **change})
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "padding", "taps"),
+    [
+        ((1, 1), (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)),
+        ((1, 4), (5, 5), (1, 1), (2, 2, 2, 2), (1, 5)),
+        ((2, 2), (3, 3), (2, 2), (1, 1, 1, 1), (2, 2)),
+        ((2, 2), (3, 3), (2, 2), (0, 1, 0, 1), (2, 2)),
+        ((2, 2), (3, 3), (1, 1), (1, 1, 1, 1), (3, 3)),
+        ((3, 2), (7, 7), (1, 1), (3, 3, 3, 3), (5, 3)),
+    ],
+)
+def test_taps_that_see_padding_alone_are_left_out(size, kernel, stride, padding, taps):
+    weight = torch.randn(4, 3, *kernel)
+    packed = native.pack_conv(
+        torch.randn(1, 3, *size), weight, None, None, stride, padding, (1, 1), "none"
+    )
+    assert tuple(packed.geometry[:2]) == taps
