@@ -270,6 +270,7 @@ def mbconv_training_backward(
         [hidden_norm.eps, before.eps],
         hidden_norm.activation,
     )
+    del for_hidden, sums
     if for_taps is not None:
         results[4] = for_taps.t().reshape(block.depthwise_weight.shape)
     if block.expand_weight is None:

@@ -125,6 +125,8 @@ EFFKERNELS_INLINE void over_rows(const BatchNormActBackwardArgs& args, const flo
     for (int64_t p = first; p < last; p++) {
       for (int v = 0; v < kVectors; v++) {
         const int64_t at = p * channels + c + v * Vec::size;
+        prefetch(upstream + at + kSumRows * channels);
+        prefetch(input + at + kSumRows * channels);
         Vec t = load(upstream + at);
         const Vec d = load(input + at) - mean[v];
         if constexpr (kActivation != Activation::none) {

@@ -180,6 +180,8 @@ void norm_backward(const TrainingNormBackwardArgs& args) {
             const Vec mean = load_upto(args.norm.mean + c, n);
             Vec ts = Vec::set1(0.0f), products = Vec::set1(0.0f);
             for (int64_t r = first; r < last; r++) {
+              prefetch(upstream + (r + kSumRows) * channels + c);
+              prefetch(input + (r + kSumRows) * channels + c);
               const Vec t = load_upto(upstream + r * channels + c, n) * keep;
               ts = ts + t;
               products = fma(t, load_upto(input + r * channels + c, n) - mean, products);
