@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .build_info import why_not_built
@@ -223,19 +222,20 @@ def prepack(
 
 
 def depthwise_taps(weight: Tensor) -> Tensor:
-    """[C, 1, kh, kw] as float32 [kh·kw, C rounded up to 16], zero beyond C."""
-
-    def pack() -> Tensor:
-        taps = weight.detach().float().flatten(1).t()
-        return F.pad(taps, (0, -weight.shape[0] % _PANEL)).contiguous()
-
-    return cached("depthwise", (weight,), pack)
+    """[C, 1, kh, kw] as float32 [kh·kw, C rounded up to 16], zero beyond C, kept."""
+    return cached("depthwise", (weight,), lambda: _taps(weight, False))
 
 
 def reversed_taps(weight: Tensor) -> Tensor:
     """:func:`depthwise_taps` of the convolution that turns gradients back, not kept."""
-    taps = weight.detach().float().flatten(1).flip(1).t()
-    return F.pad(taps, (0, -weight.shape[0] % _PANEL)).contiguous()
+    return _taps(weight, True)
+
+
+def _taps(weight: Tensor, reversed: bool) -> Tensor:
+    matrix = weight.detach().float().flatten(1)
+    taps = torch.empty(matrix.shape[1], -(-len(matrix) // _PANEL) * _PANEL)
+    torch.ops.effkernels_cpu.pack_taps(taps, matrix, reversed)
+    return taps
 
 
 def _matrix(weight: Tensor) -> Tensor:
@@ -346,12 +346,11 @@ def depthwise_conv_backward(
         corner = [dilation[i] * (kernel[i] - 1) - padding[2 - 2 * i] for i in (0, 1)]  # top, left
         if list(stride) == [1, 1] and min(corner) >= 0:
             # The same convolution with reversed taps, whose kernel reads every row once.
-            flipped = cached("reversed", (weight,), lambda: weight.detach().flip(2, 3))
             torch.ops.effkernels_cpu.depthwise_conv(
                 for_input,
                 None,
                 upstream,
-                depthwise_taps(flipped),
+                reversed_taps(weight),
                 None,
                 None,
                 [*kernel, 1, 1, *dilation, corner[1], corner[0]],

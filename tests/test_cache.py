@@ -260,6 +260,7 @@ def test_gemm_panels(shape):
     assert native.conv_panels(weight) is panels
 
 
+@needs_kernels
 @pytest.mark.parametrize("channels", [1, 16, 21])
 def test_depthwise_taps(channels):
     weight = torch.randn(channels, 1, 3, 5).bfloat16()
@@ -268,6 +269,8 @@ def test_depthwise_taps(channels):
     assert taps.is_contiguous() and taps.dtype == torch.float32
     assert torch.equal(taps[:, :channels].t().view(channels, 1, 3, 5).bfloat16(), weight)
     assert not taps[:, channels:].any()
+    assert torch.equal(native.reversed_taps(weight), taps.flip(0))
+    assert native.depthwise_taps(weight) is taps
 
 
 @needs_kernels

@@ -309,14 +309,25 @@ void depthwise_separable_conv(Tensor output, Tensor input, Tensor depthwise_weig
   depthwise_separable_conv_cpu(args);
 }
 
+Matrix matrix_of(const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.dim() == 2, "effkernels_cpu: not a matrix");
+  const int64_t rows = tensor.size(0), columns = tensor.size(1);
+  return {floats("matrix", tensor, rows * columns), rows, columns, tensor.stride(0),
+          tensor.stride(1)};
+}
+
+float* packed(const Tensor& tensor, int64_t size) {
+  return static_cast<float*>(writable("packed", tensor, DType::f32, size));
+}
+
 void pack_panels(Tensor panels, Tensor matrix) {
-  STD_TORCH_CHECK(matrix.dim() == 2, "effkernels_cpu: pack_panels: not a matrix");
-  const int64_t rows = matrix.size(0), columns = matrix.size(1);
-  write_panels(
-      Matrix{floats("matrix", matrix, rows * columns), rows, columns, matrix.stride(0),
-             matrix.stride(1)},
-      static_cast<float*>(writable("panels", panels, DType::f32, panels_size(rows, columns))),
-      torch_threads());
+  const Matrix from = matrix_of(matrix);
+  write_panels(from, packed(panels, panels_size(from.rows, from.columns)), torch_threads());
+}
+
+void pack_taps(Tensor taps, Tensor matrix, bool reversed) {
+  const Matrix from = matrix_of(matrix);
+  write_taps(from, reversed, packed(taps, panels_size(from.rows, from.columns)));
 }
 
 void mbconv(Tensor output, Tensor input, OptionalTensor expand_weight, OptionalTensor expand_scale,
@@ -419,6 +430,7 @@ STABLE_TORCH_LIBRARY(effkernels_cpu, m) {
       "Tensor? project_scale, Tensor? project_bias, int[] geometry, bool residual, "
       "int[] activations) -> ()");
   m.def("pack_panels(Tensor(a!) panels, Tensor matrix) -> ()");
+  m.def("pack_taps(Tensor(a!) taps, Tensor matrix, bool reversed) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(effkernels_cpu, CPU, m) {
@@ -437,6 +449,7 @@ STABLE_TORCH_LIBRARY_IMPL(effkernels_cpu, CPU, m) {
   m.impl("depthwise_separable_conv", TORCH_BOX(&effkernels::depthwise_separable_conv));
   m.impl("mbconv", TORCH_BOX(&effkernels::mbconv));
   m.impl("pack_panels", TORCH_BOX(&effkernels::pack_panels));
+  m.impl("pack_taps", TORCH_BOX(&effkernels::pack_taps));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(effkernels_cpu, CompositeExplicitAutograd, m) {

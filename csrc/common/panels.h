@@ -1,4 +1,4 @@
-// Packing of a matrix for common/gemm.h.
+// Packing of weights: for common/gemm.h, and for common/window.h.
 #pragma once
 
 #include "common/types.h"
@@ -26,6 +26,19 @@ inline void write_panels(const Matrix& matrix, float* out, const Parallel& paral
       }
     }
   });
+}
+
+// out[tap][channel], channels rounded up to kPanel with zeros, from [channels][taps]; the taps in
+// the opposite order if reversed.
+inline void write_taps(const Matrix& matrix, bool reversed, float* out) {
+  const int64_t channels = round_up(matrix.rows, kPanel);
+  for (int64_t tap = 0; tap < matrix.columns; tap++, out += channels) {
+    const int64_t column = reversed ? matrix.columns - 1 - tap : tap;
+    const float* from = matrix.data + column * matrix.column_step;
+    int64_t c = 0;
+    for (; c < matrix.rows; c++) out[c] = from[c * matrix.row_step];
+    for (; c < channels; c++) out[c] = 0.0f;
+  }
 }
 
 }  // namespace effkernels
