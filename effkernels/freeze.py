@@ -141,12 +141,20 @@ class _Kept:
     def __init__(self, model: nn.Module) -> None:
         self.replay: Replay | None = None
         self._generation = generation()
-        self._tensors = tuple(t for t in (*model.parameters(), *model.buffers()))
+        modules = tuple(model.modules())  # once: walking them is a tenth of a first call
+        self._tensors = tuple(
+            dict.fromkeys(
+                tensor
+                for module in modules
+                for tensor in (*module._parameters.values(), *module._buffers.values())
+                if tensor is not None
+            )
+        )
         self._tracked = not any(tensor.is_inference() for tensor in self._tensors)
         self._versions = tuple(map(_version, self._tensors)) if self._tracked else ()
         self._pointers = tuple(map(Tensor.data_ptr, self._tensors))
         self._hooks = tuple(
-            hooks for m in model.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)
+            hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)
         )
 
     def watched(self) -> bool:

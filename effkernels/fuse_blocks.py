@@ -36,13 +36,11 @@ def fuse_blocks(
     for step in steps:
         block = _match(step, producers, readers, kernels) if isinstance(step, Step) else None
         if block is not None:
-            gone.update(id(part) for part in block.parts)
+            parts = {id(part) for part in block.parts}
+            gone.update(parts)
             fused[id(step)] = block.step
             block.step.covers = [
-                cover
-                for part in steps
-                if any(part is member for member in block.parts)
-                for cover in part.covers
+                cover for part in steps if id(part) in parts for cover in part.covers
             ]
             producers.update((value, block.step) for value in block.step.writes())
     return [

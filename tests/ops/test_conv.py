@@ -335,9 +335,12 @@ def test_bad_input(change, error, message):
         ((3, 2), (7, 7), (1, 1), (3, 3, 3, 3), (5, 3)),
     ],
 )
-def test_taps_that_see_padding_alone_are_left_out(size, kernel, stride, padding, taps):
-    weight = torch.randn(4, 3, *kernel)
-    packed = native.pack_conv(
-        torch.randn(1, 3, *size), weight, None, None, stride, padding, (1, 1), "none"
-    )
+def test_taps_that_see_padding_alone_are_left_out(
+    native_kernels, size, kernel, stride, padding, taps
+):
+    weight, input = torch.randn(4, 3, *kernel), torch.randn(1, 3, *size)
+    packed = native.pack_conv(input, weight, None, None, stride, padding, (1, 1), "none")
     assert tuple(packed.geometry[:2]) == taps
+    before = ops.conv(input, weight, stride=stride, padding=padding)
+    weight.mul_(2.0)  # seen, although the kernel has packed a part of it
+    assert torch.equal(ops.conv(input, weight, stride=stride, padding=padding), 2.0 * before)
