@@ -324,12 +324,11 @@ def _define_backward(name: str, schema: str) -> torch._ops.OpOverload:
 def _laid_out_like(argument: Tensor, result: Tensor | None) -> Tensor:
     if result is None:  # no output that got a gradient depends on it
         return torch.zeros_like(argument)
-    same = result.stride() == argument.stride() and result.dtype == argument.dtype
-    if same and result.is_contiguous():
-        return result
-    layout = torch.empty_like(argument, device="meta")
-    if result.stride() == layout.stride() and result.dtype == argument.dtype:
-        return result
+    if result.dtype == argument.dtype:
+        if result.is_contiguous() and result.stride() == argument.stride():
+            return result  # most weights, without making a tensor to find out
+        if result.stride() == torch.empty_like(argument, device="meta").stride():
+            return result
     return torch.empty_like(argument).copy_(result)
 
 

@@ -21,6 +21,7 @@
 #include "batch_norm_act/batch_norm_act.h"
 #include "common/activation.h"
 #include "common/moments.h"
+#include "common/reduce.h"
 #include "common/scratch.h"
 
 namespace effkernels {
@@ -92,7 +93,6 @@ template <int kCount>
 struct Count {
   static constexpr int value = kCount;
 };
-constexpr int64_t kSumRows = 16;  // added up before they join their block's sum: rounds less
 constexpr int kGroup = 4;  // vectors of channels side by side: whole cache lines of every row
 
 // What a channel's gradient is made of: input_gradient = factor * t + slope * d + constant.

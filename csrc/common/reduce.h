@@ -6,6 +6,10 @@
 namespace effkernels {
 namespace EFFKERNELS_ISA {
 
+// Rows added up before they join a larger sum: that rounds less. All channels of these rows come
+// before the next rows where memory is to be read along, 16 rows side by side.
+constexpr int64_t kSumRows = 16;
+
 // out[c] = factor * (rows[0][c] + rows[1][c] + ...)
 template <class T>
 inline void reduce_rows(const float* rows, int64_t count, int64_t channels, float factor, T* out) {

@@ -87,10 +87,6 @@ void product(const TrainingProductArgs& args) {
       moments, [&](int64_t b) { return chunks.block_size(b); }, args.mean, args.var, args.parallel);
 }
 
-// Rows added up before they join their part's sum: that rounds less. All channels of these rows
-// come before the next rows: memory is read along, 16 rows side by side.
-constexpr int64_t kSumRows = 16;
-
 template <class T>
 void pool(const TrainingPoolArgs& args) {
   const int64_t channels = args.in.channels;

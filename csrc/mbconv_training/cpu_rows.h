@@ -4,6 +4,7 @@
 
 #include "common/activation.h"
 #include "common/moments.h"
+#include "common/reduce.h"
 #include "common/scratch.h"
 #include "mbconv_training/mbconv_training.h"
 

@@ -93,7 +93,6 @@ void run(const SqueezeExciteArgs& args) {
 
 // ---- Backward
 
-constexpr int64_t kSumRows = 16;  // added up before they join their block's sum: rounds less
 constexpr int kGroup = 4;  // vectors of channels side by side: whole cache lines of every row
 
 // sums = {sum of input, sum of upstream * input} over rows of pixels, [2, channels].

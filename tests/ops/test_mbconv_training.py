@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
@@ -266,8 +268,14 @@ def test_gradients_of_other_geometries(options):
     assert_gradients(Case(**{**vars(SMALL), **options}))
 
 
-def assert_gradients(case: Case, keep: torch.Tensor | None = None) -> None:
-    """``gradcheck`` of the reference on ``case``, for all of its tensors together."""
+def test_second_gradients():
+    assert_gradients(SMALL, check=gradgradcheck)
+
+
+def assert_gradients(
+    case: Case, keep: torch.Tensor | None = None, check: Callable[..., bool] = gradcheck
+) -> None:
+    """``check`` of the reference on ``case``, for all of its tensors together."""
     tensors = block_tensors(case, Draw(0, torch.float64))
     extra = {} if keep is None else {"keep": keep.double()}
     tensors = {name: tensor.requires_grad_() for name, tensor in (tensors | extra).items()}
@@ -276,18 +284,7 @@ def assert_gradients(case: Case, keep: torch.Tensor | None = None) -> None:
         return run_block(case, dict(zip(tensors, values, strict=True)))
 
     with ek.use_backend("reference"):
-        assert gradcheck(function, list(tensors.values()))
-
-
-def test_second_gradients():
-    tensors = block_tensors(SMALL, Draw(0, torch.float64))
-    tensors = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
-
-    def function(*values: torch.Tensor) -> torch.Tensor:
-        return run_block(SMALL, dict(zip(tensors, values, strict=True)))
-
-    with ek.use_backend("reference"):
-        assert gradgradcheck(function, list(tensors.values()))
+        assert check(function, list(tensors.values()))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
