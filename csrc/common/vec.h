@@ -92,13 +92,13 @@ EFFKERNELS_INLINE Vec exponent_from(Vec z) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(z.v), 23))};
 }
 
-// table[z mod 16] * 2^(z / 16 rounded down), z an integer in the low bits of a float (avx512 only).
-EFFKERNELS_INLINE Vec lookup_power(Vec table, Vec z) {
-  const __m512i bits = _mm512_castps_si512(z.v);
-  const __m512i power = _mm512_castps_si512(_mm512_permutexvar_ps(bits, table.v));
-  const __m512i exponent = _mm512_slli_epi32(_mm512_srai_epi32(bits, 4), 23);
-  return {_mm512_castsi512_ps(_mm512_add_epi32(power, exponent))};
+// table[z mod 16], z with an integer in its last bits (avx512 only).
+EFFKERNELS_INLINE Vec lookup(Vec table, Vec z) {
+  return {_mm512_permutexvar_ps(_mm512_castps_si512(z.v), table.v)};
 }
+
+// x * 2^n, n rounded down; infinity or 0 where that is no float (avx512 only).
+EFFKERNELS_INLINE Vec scale_by_power(Vec x, Vec n) { return {_mm512_scalef_ps(x.v, n.v)}; }
 
 #elif EFFKERNELS_ISA_ID == EFFKERNELS_ID_avx2
 
