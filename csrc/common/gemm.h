@@ -17,6 +17,11 @@
 // (5.05 -> 4.89 ms on a Zen 5 core, avx2 9.83 -> 9.28). Prefetching 16 or 40 lines ahead in the
 // same pair makes no difference, the hardware follows two sequential streams by itself.
 //
+// A tile of over 8 rows has a pointer to every third one only, moved by addition: the addresses of
+// the two behind it fit in an instruction. A pointer each is more than the integer registers hold;
+// gcc kept the rest in vector registers, and fetching one back takes a turn on the multipliers'
+// port (Xeon, operands in L1, 189 -> 204 GFLOP/s with 12 rows and 197 -> 204 with 14).
+//
 // Tried and lost on a Xeon with AMX, where this reaches 170-195 GFLOP/s: float32 from three bf16 a
 // value and six tile products (a third of fma's error). The product alone made 230-290 GFLOP/s of
 // 784 pixels with 160 or 960 channels and the same as here of 49, but EfficientNet-B0 took 8.4
@@ -69,6 +74,8 @@ inline void gemm_tile(const float* a, int64_t a_stride, Column column, const flo
                       int64_t depth, const float* next, float* tile) {
   constexpr int kPerPanel = kPanel / Vec::size;
   constexpr int kVecs = kPanels * kPerPanel;
+  constexpr int kReach = kRows > 8 ? 3 : kRows;  // rows addressed from one pointer
+  const int64_t reach = kReach * a_stride;
   for (int64_t begin = 0; begin == 0 || begin < depth; begin += Column::chain) {
     const int64_t end = min_of(depth, begin + Column::chain);
     Vec sums[kRows][kVecs];
@@ -89,7 +96,8 @@ inline void gemm_tile(const float* a, int64_t a_stride, Column column, const flo
       for (int p = 0; p < kPanels; p++) prefetch(next + (p * depth + c) * kPanel);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; r++) {
-        const Vec x = Vec::set1(from[r * a_stride]);
+        if (r > 0 && r % kReach == 0) from = opaque(from + reach);
+        const Vec x = Vec::set1(from[r % kReach * a_stride]);
 #pragma GCC unroll 16
         for (int v = 0; v < kVecs; v++) sums[r][v] = fma(x, w[v], sums[r][v]);
       }

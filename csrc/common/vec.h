@@ -24,6 +24,12 @@
 namespace effkernels {
 namespace EFFKERNELS_ISA {
 
+// The same pointer, which the compiler no longer knows to be a sum: it will not keep the parts.
+EFFKERNELS_INLINE const float* opaque(const float* p) {
+  asm("" : "+r"(p));
+  return p;
+}
+
 // Asks for a line that is needed in a while, into the second cache.
 EFFKERNELS_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
