@@ -30,8 +30,9 @@ EFFKERNELS_INLINE const float* opaque(const float* p) {
   return p;
 }
 
-// Asks for a line that is needed in a while, into the second cache.
+// Asks for a line: into the second cache, or into the first where it is needed soon.
 EFFKERNELS_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+EFFKERNELS_INLINE void prefetch_first(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 // bf16 is the upper half of a float; the store rounds to nearest even and keeps NaN.
 EFFKERNELS_INLINE float to_float(bf16 value) {

@@ -265,8 +265,8 @@ class Winograd {
       const float* a = buffers.windows + i * matrix_;
       float* product = buffers.products + i * product_;
       for (int64_t t = 0; t < tiles; t++) {
-        functions[t < larger](a, row_, Sums{}, weights, depth_, t + 1 == tiles ? next : weights,
-                              product);
+        functions[t < larger](a, row_, Sums{}, weights, depth_,
+                              t + 1 == tiles ? next : weights + kAheadLines * kPanel, product);
         const int64_t done = size + (t < larger);
         a += done * row_;
         product += done * kTileChannels;
