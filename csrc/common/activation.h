@@ -16,8 +16,8 @@
 // register by vpermps and degree 3 0.088, the same with vscalefps for the exponent 0.092.
 // On a Xeon (avx512, avx2): 0.220 0.254; a Newton reciprocal 0.222; one check for two vectors 0.190
 // 0.248, which made EfficientNet-B0 no faster (6.83 -> 6.88 ms); vscalefps for the exponent and one
-// constant for ln 2, two operations fewer, 0.193 -> 0.168 (B0 6.69 -> 6.55 ms). Limits on x in
-// place of the check are no faster, and silu would be 0 below -88.7.
+// constant for ln 2, two operations fewer, 0.193 -> 0.168. Limits on x in place of the check are no
+// faster, and silu would be 0 below -88.7.
 // Degree 5 (7.5e-8) is one fma less, but all its results were low by 2.5e-8 on average, and
 // EfficientNet-B0's by up to 2.8 times PyTorch's error.
 #pragma once
