@@ -14,10 +14,11 @@
 //
 // The last tile over a pair of panels prefetches the next pair: EfficientNet-B0's weights come from
 // the last cache, and the first tile, which needs them four times as fast as the others, would wait
-// (5.05 -> 4.89 ms on a Zen 5 core, avx2 9.83 -> 9.28). The others prefetch kAheadLines ahead in
-// the same pair, into the first cache: no difference on Zen, which follows two sequential streams
-// by itself, but 178 -> 202 GFLOP/s of depths over 256 on a Xeon, 8 or 32 lines alike (ResNet-50
-// 54 -> 50 ms).
+// (5.05 -> 4.89 ms on a Zen 5 core, avx2 9.83 -> 9.28, then into the second cache). The others
+// prefetch kAheadLines ahead in the same pair, into the first: 178 -> 202 GFLOP/s of depths over
+// 256 on a Xeon, 8 or 32 lines alike (ResNet-50 54 -> 50 ms). On Zen 16 or 40 lines ahead into the
+// second cache made no difference; into the first they were not measured there. Spreading the next
+// pair over all tiles was no faster on the Xeon.
 //
 // A tile of over 8 rows has a pointer to every third one only, moved by addition: the addresses of
 // the two behind it fit in an instruction. A pointer each is more than the integer registers hold;
@@ -72,7 +73,7 @@ struct Table {
 };
 
 // tile[r * kTileChannels + j] = sum over c of a[r * a_stride + column(c)] * panels[...], for kRows
-// rows and kPanels * 16 channels.
+// rows and kPanels * 16 channels. Asks for as many lines as it reads of the panels, from `next` on.
 template <int kRows, int kPanels, class Column>
 inline void gemm_tile(const float* a, int64_t a_stride, Column column, const float* panels,
                       int64_t depth, const float* next, float* tile) {
@@ -159,7 +160,7 @@ inline void gemm_rows(const float* a, int64_t a_stride, Column column, int64_t r
   for (int64_t t = 0; t < tiles;) {
     int64_t count = 0;
     for (const int64_t end = min_of(tiles, t + kBatch); t < end; t++) {
-      // The first tile waits for these panels, the last one makes the next ones come.
+      // Every tile asks for what it will need soon, the last one for the next panels.
       functions[t < larger](a + (row + count) * a_stride, a_stride, column, panels, depth,
                             t + 1 == tiles ? next : panels + kAheadLines * kPanel,
                             sums + count * kTileChannels);
