@@ -92,9 +92,10 @@ def _build_rows(build: dict[str, Any] | None) -> list[tuple[str, str]]:
         rows.append((f"{name} kernels", f"built against torch {build['torch']}"))
         rows.append(("  compiler", module["compiler"]))
         rows.append(("  flags", module["flags"]))
-        rows += [
-            (f"  flags {isa}", flags or "none more") for isa, flags in module["isa_flags"].items()
-        ]
+        for isa, flags in module.get("isa_flags", {}).items():  # the CPU module's
+            rows.append((f"  flags {isa}", flags or "none more"))
+        if "architectures" in module:  # the CUDA module's
+            rows.append(("  architectures", ", ".join(module["architectures"])))
     return rows
 
 

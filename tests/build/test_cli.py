@@ -53,6 +53,23 @@ def test_info_names_why_a_module_was_not_built(
     assert build_info.why_not_built("cuda") == "no nvcc there"
 
 
+def test_info_names_what_the_modules_were_compiled_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = tmp_path / "_build_info.json"
+    built = {"built": True, "reason": "", "flags": "-O3"}
+    modules = {
+        "cpu": {**built, "compiler": "g++ 12", "isa_flags": {"portable": "", "avx2": "-mavx2"}},
+        "cuda": {**built, "compiler": "nvcc 13", "architectures": ["8.0", "9.0+PTX"]},
+    }
+    record.write_text(json.dumps({"requested": "auto", "torch": "2.15.0", "modules": modules}))
+    monkeypatch.setattr(build_info, "BUILD_INFO", record)
+    lines = [line.split() for line in info.render(info.collect()).splitlines()]
+    assert ["flags", "avx2", "-mavx2"] in lines
+    assert ["flags", "portable", "none", "more"] in lines
+    assert ["architectures", "8.0,", "9.0+PTX"] in lines
+
+
 def test_thread_and_library_settings_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.setenv("EFFKERNELS_SOMETHING", "set here")
