@@ -2,7 +2,8 @@
 //
 // Every Vec has: size; load/store of float and bf16, whole or the first n; set1; + - * /;
 // fma(a, b, c) = a * b + c; min and max that return the second operand when one is NaN;
-// abs; all_below(a, limit): every value is less than limit (none is NaN);
+// abs; larger_magnitude(a, b): the larger of two that are not negative, NaN the largest;
+// all_below(a, limit): every value is less than limit (none is NaN);
 // select_negative(x, a, b) = x < 0 ? a : b;
 // exponent_from(z): the float whose bits are those of z shifted left by 23 (see activation.h).
 #pragma once
@@ -98,6 +99,10 @@ EFFKERNELS_INLINE Vec select_negative(Vec x, Vec a, Vec b) {
 EFFKERNELS_INLINE Vec exponent_from(Vec z) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(z.v), 23))};
 }
+EFFKERNELS_INLINE Vec larger_magnitude(Vec a, Vec b) {
+  const __m512i bits = _mm512_max_epi32(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v));
+  return {_mm512_castsi512_ps(bits)};
+}
 
 // table[z mod 16], z with an integer in its last bits (avx512 only).
 EFFKERNELS_INLINE Vec lookup(Vec table, Vec z) {
@@ -159,6 +164,24 @@ EFFKERNELS_INLINE Vec select_negative(Vec x, Vec a, Vec b) {
 EFFKERNELS_INLINE Vec exponent_from(Vec z) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(z.v), 23))};
 }
+EFFKERNELS_INLINE Vec larger_magnitude(Vec a, Vec b) {
+  const __m256i bits = _mm256_max_epi32(_mm256_castps_si256(a.v), _mm256_castps_si256(b.v));
+  return {_mm256_castsi256_ps(bits)};
+}
+
+// The bits of table[z mod 4], z with an integer in its last bits; the table twice (avx2 only).
+EFFKERNELS_INLINE Vec lookup(const uint32_t* table, Vec z) {
+  const __m256 powers = _mm256_loadu_ps(reinterpret_cast<const float*>(table));
+  return {_mm256_permutevar_ps(powers, _mm256_castps_si256(z.v))};
+}
+template <int kLeft>
+EFFKERNELS_INLINE Vec shift_bits(Vec z) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(z.v), kLeft))};
+}
+EFFKERNELS_INLINE Vec add_bits(Vec a, Vec b) {
+  const __m256i bits = _mm256_add_epi32(_mm256_castps_si256(a.v), _mm256_castps_si256(b.v));
+  return {_mm256_castsi256_ps(bits)};
+}
 
 #elif EFFKERNELS_ISA_ID == EFFKERNELS_ID_neon
 
@@ -209,6 +232,10 @@ EFFKERNELS_INLINE Vec select_negative(Vec x, Vec a, Vec b) {
 }
 EFFKERNELS_INLINE Vec exponent_from(Vec z) {
   return {vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(z.v), 23))};
+}
+EFFKERNELS_INLINE Vec larger_magnitude(Vec a, Vec b) {
+  const uint32x4_t bits = vmaxq_u32(vreinterpretq_u32_f32(a.v), vreinterpretq_u32_f32(b.v));
+  return {vreinterpretq_f32_u32(bits)};
 }
 
 #else  // portable: plain C++ that a compiler can vectorise for whatever it targets
@@ -275,6 +302,9 @@ EFFKERNELS_INLINE Vec exponent_from(Vec z) {
     std::memcpy(&r.v[i], &bits, sizeof bits);
   }
   return r;
+}
+EFFKERNELS_INLINE Vec larger_magnitude(Vec a, Vec b) {
+  EFFKERNELS_EACH(a.v[i] >= b.v[i] || a.v[i] != a.v[i] ? a.v[i] : b.v[i]);
 }
 #undef EFFKERNELS_EACH
 
