@@ -6,8 +6,8 @@
 // first written to rows of scratch. W is packed in panels of 16 output channels (kPanel).
 //
 // Register tile, rows x channels (accumulators + panel registers of the register file):
-//   avx512 14 x 32 (28 + 2 of 32), avx2 6 x 16 (12 + 2 of 16), neon 6 x 16 (24 + 4 of 32),
-//   portable 4 x 16 (left to the compiler).
+//   avx512 14 x 32 (28 + 2 of 32), avx2 6 x 16 or 12 x 8 (12 + 2 of 16),
+//   neon 6 x 16 (24 + 4 of 32), portable 4 x 16 (left to the compiler).
 // 14 rows divide the 112, 56, 28, 14 pixels of a 224-pixel network's rows. Row counts that the
 // tile does not divide are split evenly (7 = 4 + 3), never 6 + 1: a 1-row tile waits for its two
 // chains of fma.
@@ -24,6 +24,11 @@
 // the two behind it fit in an instruction. A pointer each is more than the integer registers hold;
 // gcc kept the rest in vector registers, and fetching one back takes a turn on the multipliers'
 // port (Xeon, operands in L1, 189 -> 204 GFLOP/s with 12 rows and 197 -> 204 with 14).
+//
+// With avx2 a pass of the inner loop takes two values of depth: 23.5 instead of 26 instructions for
+// 12 fma. On a Zen 3 core that is as fast as one, and 8-11 % faster while another thread of the
+// core is busy (56 -> 63 GFLOP/s 24 deep); four values a pass are slower. There the last 8 of 24 or
+// 40 channels have a tile of 12 rows x 8: EfficientNet-B0 13.5 -> 12.8 ms.
 //
 // Tried and lost on a Xeon with AMX, where this reaches 170-195 GFLOP/s: float32 from three bf16 a
 // value and six tile products (a third of fma's error). The product alone made 230-290 GFLOP/s of
@@ -79,13 +84,17 @@ struct Table {
   EFFKERNELS_INLINE int64_t operator()(int64_t c) const { return offsets[c]; }
 };
 
+// Up to 8 channels of a panel have a tile of one vector and twice the rows.
+constexpr bool kHalfPanels = EFFKERNELS_ISA_ID == EFFKERNELS_ID_avx2;
+
 // tile[r * kTileChannels + j] = sum over c of a[r * a_stride + column(c)] * panels[...], for kRows
-// rows and kPanels * 16 channels. Asks for as many lines as it reads of the panels, from `next` on.
-template <int kRows, int kPanels, class Column>
+// rows and kVecs vectors of channels. Asks for as many lines as it reads of the panels, from `next`
+// on.
+template <int kRows, int kVecs, class Column>
 inline void gemm_tile(const float* a, int64_t a_stride, Column column, const float* panels,
                       int64_t depth, const float* next, float* tile) {
   constexpr int kPerPanel = kPanel / Vec::size;
-  constexpr int kVecs = kPanels * kPerPanel;
+  constexpr int kPanels = (kVecs + kPerPanel - 1) / kPerPanel;
   constexpr int kReach = kRows > 8 ? 3 : kRows;  // rows addressed from one pointer
   const int64_t reach = kReach * a_stride;
   for (int64_t begin = 0; begin == 0 || begin < depth; begin += Column::chain) {
@@ -137,44 +146,52 @@ template <class Column>
 using GemmTile = void (*)(const float*, int64_t, Column, const float*, int64_t, const float*,
                           float*);
 
-template <int kPanels, int kRows, class Column>
+template <int kVecs, int kRows, class Column>
 inline GemmTile<Column> tile_for(int64_t rows) {
   if constexpr (kRows == 1) {
-    return gemm_tile<1, kPanels, Column>;
+    return gemm_tile<1, kVecs, Column>;
   } else {
-    return rows == kRows ? gemm_tile<kRows, kPanels, Column>
-                         : tile_for<kPanels, kRows - 1, Column>(rows);
+    return rows == kRows ? gemm_tile<kRows, kVecs, Column>
+                         : tile_for<kVecs, kRows - 1, Column>(rows);
   }
 }
 
 // Register tiles whose sums are finished together, so that the epilogue's loops are long.
 constexpr int kBatch = 4;
 
-// `rows` rows of A times up to kTileChannels output channels: finish(row, count, sums) is called
-// for a few tiles at a time with their raw sums, [count, kTileChannels].
+// `rows` rows of A times `channels` output channels, up to kTileChannels: finish(row, count, sums)
+// is called for a few tiles at a time with their raw sums, [count, kTileChannels].
 template <class Column, class Finish>
 inline void gemm_rows(const float* a, int64_t a_stride, Column column, int64_t rows,
-                      const float* panels, int64_t panel_count, int64_t depth, const float* next,
+                      const float* panels, int64_t channels, int64_t depth, const float* next,
                       Finish&& finish) {
+  constexpr int kPerPanel = kPanel / Vec::size;
   alignas(64) float sums[kBatch * kTileRows * kTileChannels];
-  const int64_t tiles = ceil_div(rows, kTileRows);
+  const bool half = kHalfPanels && channels <= Vec::size;
+  const int64_t tiles = ceil_div(rows, half ? 2 * kTileRows : kTileRows);
+  const int64_t batch = half ? kBatch / 2 : kBatch;
   const int64_t size = tiles == 0 ? 0 : rows / tiles;
   const int64_t larger = rows - size * tiles;  // the first `larger` tiles have one row more
   GemmTile<Column> functions[2];
-  if constexpr (kTileChannels == 2 * kPanel) {
-    if (panel_count == 2) {
-      functions[0] = tile_for<2, kTileRows, Column>(size);
-      functions[1] = tile_for<2, kTileRows, Column>(size + (larger > 0));
+  const auto use = [&](auto vecs, auto most) {
+    constexpr int kVecs = decltype(vecs)::value, kMost = decltype(most)::value;
+    functions[0] = tile_for<kVecs, kMost, Column>(size);
+    functions[1] = tile_for<kVecs, kMost, Column>(size + (larger > 0));
+  };
+  constexpr std::integral_constant<int, kTileRows> usual;
+  if (half) {
+    if constexpr (kHalfPanels) {
+      use(std::integral_constant<int, 1>{}, std::integral_constant<int, 2 * kTileRows>{});
     }
-  }
-  if (panel_count == 1) {
-    functions[0] = tile_for<1, kTileRows, Column>(size);
-    functions[1] = tile_for<1, kTileRows, Column>(size + (larger > 0));
+  } else if (channels <= kPanel) {
+    use(std::integral_constant<int, kPerPanel>{}, usual);
+  } else if constexpr (kTileChannels == 2 * kPanel) {
+    use(std::integral_constant<int, 2 * kPerPanel>{}, usual);
   }
   int64_t row = 0;
   for (int64_t t = 0; t < tiles;) {
     int64_t count = 0;
-    for (const int64_t end = min_of(tiles, t + kBatch); t < end; t++) {
+    for (const int64_t end = min_of(tiles, t + batch); t < end; t++) {
       // Every tile asks for what it will need soon, the last one for the next panels.
       functions[t < larger](a + (row + count) * a_stride, a_stride, column, panels, depth,
                             t + 1 == tiles ? next : panels + kAheadLines * kPanel,
@@ -261,7 +278,7 @@ inline void gemm(const GemmShape& shape, const float* packed, const Epilogue& ep
         for (int64_t c = 0; sum != nullptr && c < count; c++) sum[k + c] = 0.0f;
         panel += here;
         const int64_t next = panel < last ? min_of(panel, panels - here) : 0;
-        gemm_rows(a, shape.depth, Dense{}, rows, packed + k * shape.depth, here, shape.depth,
+        gemm_rows(a, shape.depth, Dense{}, rows, packed + k * shape.depth, count, shape.depth,
                   packed + next * kPanel * shape.depth,
                   [&](int64_t row, int64_t rows_done, const float* tile) {
                     const int64_t at = start + row * shape.channels + k;

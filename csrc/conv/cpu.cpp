@@ -131,7 +131,7 @@ void run_bands(const ConvArgs& args) {
         for (int64_t y = first; y < last; y++) {
           const int64_t start = (image * args.out_height + y) * args.out_width * channels + k;
           gemm_rows(windows + (y - first) * g.stride_h * band.line(), g.stride_w * band.values,
-                    Table{offsets}, args.out_width, args.weight + k * depth, here, depth,
+                    Table{offsets}, args.out_width, args.weight + k * depth, count, depth,
                     args.weight + (y + 1 == last ? after * kPanel : k) * depth,
                     [&](int64_t x, int64_t done, const float* tile) {
                       const int64_t at = start + x * channels;

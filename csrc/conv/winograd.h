@@ -251,11 +251,11 @@ class Winograd {
     const int64_t larger = rows - size * tiles;  // the first `larger` tiles have one row more
     GemmTile<Sums> functions[2];
     if (here == 1) {
-      functions[0] = tile_for<1, kTileRows, Sums>(size);
-      functions[1] = tile_for<1, kTileRows, Sums>(size + (larger > 0));
+      functions[0] = tile_for<kPanel / Vec::size, kTileRows, Sums>(size);
+      functions[1] = tile_for<kPanel / Vec::size, kTileRows, Sums>(size + (larger > 0));
     } else {
-      functions[0] = tile_for<kWide, kTileRows, Sums>(size);
-      functions[1] = tile_for<kWide, kTileRows, Sums>(size + (larger > 0));
+      functions[0] = tile_for<kWide * kPanel / Vec::size, kTileRows, Sums>(size);
+      functions[1] = tile_for<kWide * kPanel / Vec::size, kTileRows, Sums>(size + (larger > 0));
     }
     for (int64_t i = 0; i < kMatrices; i++) {
       const float* weights = panels(i, panel);
@@ -347,8 +347,8 @@ class Winograd {
     }
     alignas(64) float sums[kOutputs * kTileChannels];
     for (int64_t i = 0; i < kOutputs; i += kDown) {
-      gemm_tile<kDown, 1>(windows + i * depth, depth, Dense{}, weights, depth, weights,
-                          sums + i * kTileChannels);
+      gemm_tile<kDown, kPanel / Vec::size>(windows + i * depth, depth, Dense{}, weights, depth,
+                                           weights, sums + i * kTileChannels);
     }
     for (int64_t i = 0; i < kOutputs; i++) {
       std::memcpy(to + i / kAcross * line + i % kAcross * kTileChannels, sums + i * kTileChannels,

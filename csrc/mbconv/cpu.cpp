@@ -76,7 +76,7 @@ void expand_rows(const MBConvArgs& args, const float* image, const Ring& ring, i
   const int64_t panels = ceil_div(channels, kPanel);
   const int64_t after = min_of(channel / kPanel + panels, ceil_div(args.expanded, kPanel) - panels);
   gemm_rows(image + y * args.in.width * depth, depth, Dense{}, count * columns,
-            args.expand_weight + channel * depth, panels, depth,
+            args.expand_weight + channel * depth, channels, depth,
             args.expand_weight + after * kPanel * depth,
             [&](int64_t pixel, int64_t rows, const float* tile) {
               while (rows > 0) {  // a tile may cross the end of an image row

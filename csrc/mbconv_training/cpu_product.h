@@ -23,9 +23,10 @@ EFFKERNELS_INLINE void product_rows(const float* a, int64_t stride, int64_t rows
       const int64_t here = min_of(panels - panel, kWide), k = panel * kPanel;
       panel += here;
       const int64_t next = panel < panels ? min_of(panel, panels - here) : 0;
-      gemm_rows(a + first * stride, stride, Dense{}, some, packed + k * depth, here, depth,
+      const int64_t width = min_of(channels - k, here * kPanel);
+      gemm_rows(a + first * stride, stride, Dense{}, some, packed + k * depth, width, depth,
                 packed + next * kPanel * depth, [&](int64_t row, int64_t count, const float* tile) {
-                  finish(first + row, count, tile, k, min_of(channels - k, here * kPanel));
+                  finish(first + row, count, tile, k, width);
                 });
     }
   }
