@@ -21,7 +21,8 @@
 // On Zen 3 (avx2), with a bias: 0.442, two vectors side by side 0.346; 2^(j / 4) from a register by
 // vpermilps and degree 4 0.333, two vectors 0.277, three 0.275, four 0.299; 2^(j / 8) by vpermps
 // and degree 3 with two vectors 0.267, but 1.5e-7 off, always downwards; that with a Newton
-// reciprocal 0.296. Degree 5 (7.5e-8) is one fma less, but all its results were low by 2.5e-8 on
+// reciprocal 0.296.
+// Without a table degree 5 (7.5e-8) is one fma less, but all its results were low by 2.5e-8 on
 // average, and EfficientNet-B0's by up to 2.8 times PyTorch's error.
 #pragma once
 

@@ -72,7 +72,7 @@ inline bool is_frequent(const Geometry& g) {
   return g.kernel_h == g.kernel_w && (g.kernel_h == 3 || g.kernel_h == 5);
 }
 
-// The same for a kernel of kTaps x kTaps, whole vectors of channels and rows that are all there.
+// The same for a kernel of kTaps x kTaps and whole vectors of channels.
 template <int kCount, int kTaps, class T>
 EFFKERNELS_INLINE void square_window_tile(const T* const* rows, int64_t offset, int64_t tap_step,
                                           int64_t pixel_step, const float* weight,
@@ -82,10 +82,12 @@ EFFKERNELS_INLINE void square_window_tile(const T* const* rows, int64_t offset, 
   for (int t = 0; t < kCount; t++) sums[t] = Vec::set1(0.0f);
 #pragma GCC unroll 8
   for (int y = 0; y < kTaps; y++) {
+    if (rows[y] == nullptr) continue;
     const T* p = rows[y] + offset;
+    const float* w = weight + y * kTaps * weight_stride;
 #pragma GCC unroll 8
-    for (int x = 0; x < kTaps; x++, weight += weight_stride) {
-      const Vec tap = Vec::load(weight);
+    for (int x = 0; x < kTaps; x++, w += weight_stride) {
+      const Vec tap = Vec::load(w);
 #pragma GCC unroll 16
       for (int t = 0; t < kCount; t++) {
         sums[t] = fma(Vec::load(p + x * tap_step + t * pixel_step), tap, sums[t]);
@@ -119,11 +121,10 @@ inline void window_row(const T* image, const Images& in, const Geometry& g, int6
   const int64_t pixel_step = g.stride_w * pixel;
   const int64_t row_size = in.width * pixel;
   const int64_t reach = g.dilation_w * (g.kernel_w - 1);
-  bool frequent = is_frequent(g);
+  const bool frequent = is_frequent(g);
   for (int64_t y = 0; y < g.kernel_h; y++) {
     const int64_t row = out_y * g.stride_h - g.top + y * g.dilation_h;
     rows[y] = row < 0 || row >= in.height ? nullptr : image + row * row_size;
-    frequent &= rows[y] != nullptr;
   }
   // Outputs in [inner_begin, inner_end) see no padding to the left or right.
   const int64_t inner_begin = min_of(out_width, ceil_div(g.left, g.stride_w));
