@@ -172,19 +172,18 @@ inline void window_row(const T* image, const Images& in, const Geometry& g, int6
   }
 }
 
-// The same for a row whose padding is in memory, `kPixel` floats a pixel: no borders, and steps
-// known to the compiler for strides 1 and 2.
-template <int kPixel, class Out>
-inline void padded_window_row(const float* const* rows, const Geometry& g, int64_t out_width,
-                              const float* weight, int64_t weight_stride, int64_t channels,
-                              const Epilogue& epilogue, int64_t first_channel, Out* out,
-                              int64_t out_stride, float* sum) {
-  alignas(64) float sums[kRowPixels * Vec::size];
+// Raw sums of the outputs [begin, end) of a row whose padding is in memory, `kPixel` floats a
+// pixel: no borders, and steps known to the compiler for strides 1 and 2. One vector of channels,
+// the first one at `rows` and `weight`; to sums[x - begin][Vec::size].
+template <int kPixel>
+inline void padded_window_sums(const float* const* rows, const Geometry& g, int64_t begin,
+                               int64_t end, int64_t channel, const float* weight,
+                               int64_t weight_stride, float* sums) {
   const int64_t tap_step = g.dilation_w * kPixel;
-  const auto tiles = [&](auto count, int64_t x, int64_t c, float* tile) {
+  const auto tiles = [&](auto count, int64_t x, float* tile) {
     const auto run = [&](int64_t step) EFFKERNELS_LAMBDA_INLINE {
-      window_tile<decltype(count)::value>(rows, x * step + c, g, 0, g.kernel_w, tap_step, step,
-                                          weight + c, weight_stride, Vec::size, tile);
+      window_tile<decltype(count)::value>(rows, x * step + channel, g, 0, g.kernel_w, tap_step,
+                                          step, weight, weight_stride, Vec::size, tile);
     };
     if (g.stride_w == 1) {
       run(kPixel);
@@ -194,12 +193,12 @@ inline void padded_window_row(const float* const* rows, const Geometry& g, int64
       run(g.stride_w * kPixel);
     }
   };
-  const auto square = [&](auto count, int64_t x, int64_t c, float* tile) {
+  const auto square = [&](auto count, int64_t x, float* tile) {
     constexpr int kCount = decltype(count)::value;
     const auto run = [&](auto taps, auto stride) EFFKERNELS_LAMBDA_INLINE {
       constexpr int64_t step = decltype(stride)::value * kPixel;
-      square_window_tile<kCount, decltype(taps)::value>(rows, x * step + c, kPixel, step,
-                                                        weight + c, weight_stride, tile);
+      square_window_tile<kCount, decltype(taps)::value>(rows, x * step + channel, kPixel, step,
+                                                        weight, weight_stride, tile);
     };
     constexpr std::integral_constant<int, 1> one;
     constexpr std::integral_constant<int, 2> two;
@@ -212,16 +211,26 @@ inline void padded_window_row(const float* const* rows, const Geometry& g, int64
     }
   };
   const bool frequent = is_frequent(g) && g.dilation_w == 1 && g.stride_w <= 2;
+  cover<kTilePixels>(begin, end, [&](auto count, int64_t x) {
+    float* tile = sums + (x - begin) * Vec::size;
+    if constexpr (kUnrolled<decltype(count)::value>) {
+      if (frequent) return square(count, x, tile);
+    }
+    tiles(count, x, tile);
+  });
+}
+
+// A whole such row, for `channels` channels.
+template <int kPixel, class Out>
+inline void padded_window_row(const float* const* rows, const Geometry& g, int64_t out_width,
+                              const float* weight, int64_t weight_stride, int64_t channels,
+                              const Epilogue& epilogue, int64_t first_channel, Out* out,
+                              int64_t out_stride, float* sum) {
+  alignas(64) float sums[kRowPixels * Vec::size];
   for (int64_t c = 0; c < channels; c += Vec::size) {
     for (int64_t begin = 0; begin < out_width; begin += kRowPixels) {
       const int64_t end = min_of(out_width, begin + kRowPixels);
-      cover<kTilePixels>(begin, end, [&](auto count, int64_t x) {
-        float* tile = sums + (x - begin) * Vec::size;
-        if constexpr (kUnrolled<decltype(count)::value>) {
-          if (frequent) return square(count, x, c, tile);
-        }
-        tiles(count, x, c, tile);
-      });
+      padded_window_sums<kPixel>(rows, g, begin, end, c, weight + c, weight_stride, sums);
       finish_rows<Out>(sums, Vec::size, end - begin, min_of(channels - c, Vec::size), epilogue,
                        first_channel + c, static_cast<const Out*>(nullptr),
                        out + begin * out_stride + c, out_stride,

@@ -28,6 +28,10 @@
 //   silu with a division, not a Newton reciprocal (common/activation.h)      11.7 -> 10.8 (warm)
 //   gate into the project's weights where hidden has more values             12.4-13.0 -> 12.2-12.9
 //   window tiles of 14, 7, 4, 2, 1 outputs instead of 8, 4, 1                11.8-12.3 -> 11.7-11.8
+// The same network on a Zen 3 core (avx2), ms of a call, the least of interleaved runs:
+//   silu by a table, two vectors side by side; two depths a pass of the product  14.0 -> 13.5
+//   3x3 and 5x5 windows unrolled; panels of eight channels                       13.5 -> 12.8
+//   short rows finished together (another process beside it)                     13.5 -> 13.0
 // Tried and lost: a ring of one panel where one of two is over 24 KB (1.24-1.26 ms instead of
 // 1.21-1.28 on 16 -> 96 at 112 pixels, though it then fits L1); prefetching weights
 // (common/gemm.h).
@@ -92,7 +96,20 @@ void expand_rows(const MBConvArgs& args, const float* image, const Ring& ring, i
             });
 }
 
-// hidden rows [first, last) of `panels` panels from `channel` on, and their sums if asked for.
+// Short output rows are finished several at a time, as long as a pixel's row fits kRowPixels: the
+// epilogue's loop takes a while to get going. Their sums are then one, too; the groups do not
+// depend on bands.
+int64_t finished_rows(const MBConvArgs& args) {
+  if (args.expand_weight == nullptr) return 1;
+  return max_of(1, min_of(args.out_height, kRowPixels / max_of(args.out_width, 1)));
+}
+
+int64_t finished_groups(const MBConvArgs& args) {
+  return ceil_div(args.out_height, finished_rows(args));
+}
+
+// hidden rows [first, last) of `panels` panels from `channel` on, and their sums if asked for;
+// whole groups of finished rows.
 void expand_depthwise(const MBConvArgs& args, const float* image, int64_t channel, int64_t panels,
                       int64_t first, int64_t last, float* hidden, float* row_sums) {
   const Geometry& g = args.geometry;
@@ -105,6 +122,9 @@ void expand_depthwise(const MBConvArgs& args, const float* image, int64_t channe
   const float** rows = static_cast<const float**>(__builtin_alloca(taps * sizeof(const float*)));
   const int64_t reach = g.dilation_h * (g.kernel_h - 1);
   const int64_t stop = min_of(args.in.height, (last - 1) * g.stride_h - g.top + reach + 1);
+  const int64_t group = finished_rows(args);
+  constexpr int64_t kVecs = kTileChannels / Vec::size;
+  alignas(64) float sums[kVecs][kRowPixels * Vec::size];
   int64_t next = 0;
   for (int64_t y = first; y < last; y++) {
     const int64_t top = y * g.stride_h - g.top;
@@ -119,15 +139,30 @@ void expand_depthwise(const MBConvArgs& args, const float* image, int64_t channe
       const int64_t row = top + ky * g.dilation_h;
       rows[ky] = row < 0 || row >= args.in.height ? ring.zeros() : ring.row(row);
     }
+    const int64_t begin = y / group * group;  // of this group
+    float* out = hidden + begin * args.out_width * args.expanded + channel;
     float* sum = nullptr;
     if (row_sums != nullptr) {
-      sum = row_sums + y * args.expanded + channel;
-      for (int64_t c = 0; c < channels; c++) sum[c] = 0.0f;
+      sum = row_sums + y / group * args.expanded + channel;
+      for (int64_t c = 0; y == begin && c < channels; c++) sum[c] = 0.0f;
     }
-    padded_window_row<kTileChannels>(rows, g, args.out_width, args.depthwise_weight + channel,
-                                     weight_stride, channels, args.depthwise, channel,
-                                     hidden + y * args.out_width * args.expanded + channel,
-                                     args.expanded, sum);
+    const float* weight = args.depthwise_weight + channel;
+    if (group == 1) {
+      padded_window_row<kTileChannels>(rows, g, args.out_width, weight, weight_stride, channels,
+                                       args.depthwise, channel, out, args.expanded, sum);
+      continue;
+    }
+    for (int64_t c = 0; c < channels; c += Vec::size) {
+      padded_window_sums<kTileChannels>(
+          rows, g, 0, args.out_width, c, weight + c, weight_stride,
+          sums[c / Vec::size] + (y - begin) * args.out_width * Vec::size);
+    }
+    if (y + 1 != min_of(last, begin + group)) continue;
+    for (int64_t c = 0; c < channels; c += Vec::size) {
+      finish_rows<float>(sums[c / Vec::size], Vec::size, (y + 1 - begin) * args.out_width,
+                         min_of(channels - c, Vec::size), args.depthwise, channel + c, nullptr,
+                         out + c, args.expanded, sum == nullptr ? nullptr : sum + c);
+    }
   }
 }
 
@@ -139,7 +174,7 @@ int64_t band_count(const MBConvArgs& args, int64_t panels, int64_t threads) {
   const int64_t rows = max_of(1, args.in.height);
   int64_t best = 1;
   double least = 0.0;
-  for (int64_t bands = 1; bands <= min_of(args.out_height, 2 * threads); bands++) {
+  for (int64_t bands = 1; bands <= min_of(finished_groups(args), 2 * threads); bands++) {
     const double most =
         static_cast<double>(ceil_div(panels * bands, threads)) / static_cast<double>(bands);
     const double work = most * static_cast<double>(rows + shared * (bands - 1));
@@ -170,12 +205,14 @@ void hidden_rows(const MBConvArgs& args, const float* image, float* hidden, floa
   }
   const int64_t panels = ceil_div(args.expanded, kPanel);
   const int64_t bands = band_count(args, panels, parallel.threads);
+  const int64_t groups = finished_groups(args), rows = finished_rows(args);
   parallel_for(parallel, panels * bands, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end;) {
       const int64_t band = task / panels, panel = task % panels;
       const int64_t count = min_of(min_of(end - task, panels - panel), kTileChannels / kPanel);
-      expand_depthwise(args, image, panel * kPanel, count, band * args.out_height / bands,
-                       (band + 1) * args.out_height / bands, hidden, row_sums);
+      expand_depthwise(args, image, panel * kPanel, count, band * groups / bands * rows,
+                       min_of(args.out_height, (band + 1) * groups / bands * rows), hidden,
+                       row_sums);
       task += count;
     }
   });
@@ -232,7 +269,7 @@ void run_image(const MBConvArgs& args, int64_t index, const Parallel& parallel) 
   if (args.squeeze_excite) {
     float* mean = row_sums + args.out_height * expanded;
     gate = mean + expanded;
-    reduce_rows(row_sums, args.out_height, expanded, 1.0f / static_cast<float>(pixels), mean);
+    reduce_rows(row_sums, finished_groups(args), expanded, 1.0f / static_cast<float>(pixels), mean);
     gate_row(args.gate, mean, gate);
     if (gated > 0) {
       gate_panels(args.project_weight, gate, expanded, args.out_channels, gated_weight, parallel);
