@@ -56,6 +56,8 @@ LAYERS = [
         (1, 16, 96, 56, False, None),
         (1, 96, 24, 28, True, None),
         (1, 144, 24, 28, True, "channels_last"),
+        (2, 33, 9, 5, False, None),  # one channel more than half a panel of weights
+        (1, 64, 25, 14, True, "channels_last"),
         (3, 240, 40, 14, True, "channels_last"),
         (1, 80, 480, 14, False, None),
         (1, 1152, 320, 7, True, None),
