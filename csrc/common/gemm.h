@@ -26,9 +26,9 @@
 // port (Xeon, operands in L1, 189 -> 204 GFLOP/s with 12 rows and 197 -> 204 with 14).
 //
 // With avx2 a pass of the inner loop takes two values of depth: 23.5 instead of 26 instructions for
-// 12 fma. On a Zen 3 core that is as fast as one, and 8-11 % faster while another thread of the
-// core is busy (56 -> 63 GFLOP/s 24 deep); four values a pass are slower. There the last 8 of 24 or
-// 40 channels have a tile of 12 rows x 8: EfficientNet-B0 13.5 -> 12.8 ms.
+// 12 fma. On a Zen 3 core that is as fast as one in quiet moments, and 8-11 % faster in the slow
+// ones of a shared machine; four values a pass, as gcc compiled them, were slower. There the last 8
+// of 24 or 40 channels have a tile of 12 rows x 8: EfficientNet-B0 13.5 -> 12.8 ms.
 //
 // Tried and lost on a Xeon with AMX, where this reaches 170-195 GFLOP/s: float32 from three bf16 a
 // value and six tile products (a third of fma's error). The product alone made 230-290 GFLOP/s of

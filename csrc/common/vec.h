@@ -161,9 +161,16 @@ EFFKERNELS_INLINE bool all_below(Vec a, float limit) {
 EFFKERNELS_INLINE Vec select_negative(Vec x, Vec a, Vec b) {
   return {_mm256_blendv_ps(b.v, a.v, x.v)};  // by sign bit: callers give equal a and b at -0
 }
-EFFKERNELS_INLINE Vec exponent_from(Vec z) {
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(z.v), 23))};
+// Bits shifted left, and added as integers (avx2 only).
+template <int kLeft>
+EFFKERNELS_INLINE Vec shift_bits(Vec z) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(z.v), kLeft))};
 }
+EFFKERNELS_INLINE Vec add_bits(Vec a, Vec b) {
+  const __m256i bits = _mm256_add_epi32(_mm256_castps_si256(a.v), _mm256_castps_si256(b.v));
+  return {_mm256_castsi256_ps(bits)};
+}
+EFFKERNELS_INLINE Vec exponent_from(Vec z) { return shift_bits<23>(z); }
 EFFKERNELS_INLINE Vec larger_magnitude(Vec a, Vec b) {
   const __m256i bits = _mm256_max_epi32(_mm256_castps_si256(a.v), _mm256_castps_si256(b.v));
   return {_mm256_castsi256_ps(bits)};
@@ -173,14 +180,6 @@ EFFKERNELS_INLINE Vec larger_magnitude(Vec a, Vec b) {
 EFFKERNELS_INLINE Vec lookup(const uint32_t* table, Vec z) {
   const __m256 powers = _mm256_loadu_ps(reinterpret_cast<const float*>(table));
   return {_mm256_permutevar_ps(powers, _mm256_castps_si256(z.v))};
-}
-template <int kLeft>
-EFFKERNELS_INLINE Vec shift_bits(Vec z) {
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(z.v), kLeft))};
-}
-EFFKERNELS_INLINE Vec add_bits(Vec a, Vec b) {
-  const __m256i bits = _mm256_add_epi32(_mm256_castps_si256(a.v), _mm256_castps_si256(b.v));
-  return {_mm256_castsi256_ps(bits)};
 }
 
 #elif EFFKERNELS_ISA_ID == EFFKERNELS_ID_neon

@@ -174,7 +174,7 @@ inline void window_row(const T* image, const Images& in, const Geometry& g, int6
 
 // Raw sums of the outputs [begin, end) of a row whose padding is in memory, `kPixel` floats a
 // pixel: no borders, and steps known to the compiler for strides 1 and 2. One vector of channels,
-// the first one at `rows` and `weight`; to sums[x - begin][Vec::size].
+// `channel` values into a pixel of the rows, its taps at `weight`; to sums[x - begin][Vec::size].
 template <int kPixel>
 inline void padded_window_sums(const float* const* rows, const Geometry& g, int64_t begin,
                                int64_t end, int64_t channel, const float* weight,
