@@ -40,6 +40,8 @@
 //
 // The sums leave the registers through a small tile on the stack: the epilogue then is one
 // function, whatever the tile. A store and a load per vector, against a fma per value of depth.
+// Where the epilogue is only a bias, a residual and limits (none, relu, relu6), and a tile's
+// outputs are whole vectors at one stride, the tile does it itself (Target).
 #pragma once
 
 #include "common/activation.h"
@@ -87,12 +89,47 @@ struct Table {
 // Up to 8 channels of a panel have a tile of one vector and twice the rows.
 constexpr bool kHalfPanels = EFFKERNELS_ISA_ID == EFFKERNELS_ID_avx2;
 
+// Where a register tile writes its results min(most, max(least, scale * sum + bias + residual)):
+// row r to out + r * stride. The rows of `residual`, if any, have the same stride.
+struct Target {
+  float* out = nullptr;  // null: nowhere, the raw sums are wanted
+  int64_t stride = 0;
+  const float *scale = nullptr, *bias = nullptr, *residual = nullptr;
+  float least = 0.0f, most = 0.0f;
+};
+
+struct Constants {
+  float values[kTileChannels];
+  explicit Constants(float value) {
+    for (float& v : values) v = value;
+  }
+};
+
+// The target of an epilogue that a tile can do itself, for channels [first, first + channels) of
+// the whole output; still without `out`, `stride` and `residual`. False: it can't.
+inline bool aim(const Epilogue& epilogue, int64_t first, int64_t channels, Target* target) {
+  static const Constants ones(1.0f), zeros(0.0f);
+  constexpr float kInfinity = __builtin_inff();
+  const Activation activation = epilogue.activation;
+  // A tile writes all its vectors.
+  if (channels % kPanel != 0 && !(kHalfPanels && channels == Vec::size)) return false;
+  if (activation != Activation::none && activation != Activation::relu &&
+      activation != Activation::relu6) {
+    return false;
+  }
+  target->scale = epilogue.scale == nullptr ? ones.values : epilogue.scale + first;
+  target->bias = epilogue.bias == nullptr ? zeros.values : epilogue.bias + first;
+  target->least = activation == Activation::none ? -kInfinity : 0.0f;
+  target->most = activation == Activation::relu6 ? 6.0f : kInfinity;
+  return true;
+}
+
 // tile[r * kTileChannels + j] = sum over c of a[r * a_stride + column(c)] * panels[...], for kRows
 // rows and kVecs vectors of channels. Asks for as many lines as it reads of the panels, from `next`
-// on.
-template <int kRows, int kVecs, class Column>
+// on. With kFinish the results go to the target instead, and `tile` is scratch.
+template <bool kFinish, int kRows, int kVecs, class Column>
 inline void gemm_tile(const float* a, int64_t a_stride, Column column, const float* panels,
-                      int64_t depth, const float* next, float* tile) {
+                      int64_t depth, const float* next, float* tile, const Target& target) {
   constexpr int kPerPanel = kPanel / Vec::size;
   constexpr int kPanels = (kVecs + kPerPanel - 1) / kPerPanel;
   constexpr int kReach = kRows > 8 ? 3 : kRows;  // rows addressed from one pointer
@@ -131,12 +168,49 @@ inline void gemm_tile(const float* a, int64_t a_stride, Column column, const flo
     if constexpr (kSteps > 1) {
       for (; c < end; c++) step(c);
     }
+    if (begin > 0) {
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; r++) {
+#pragma GCC unroll 16
+        for (int v = 0; v < kVecs; v++) {
+          sums[r][v] = sums[r][v] + Vec::load(tile + r * kTileChannels + v * Vec::size);
+        }
+      }
+    }
+    if (kFinish && end >= depth) {
+#pragma GCC unroll 16
+      for (int v = 0; v < kVecs; v++) {
+        const Vec scale = Vec::load(target.scale + v * Vec::size);
+        const Vec bias = Vec::load(target.bias + v * Vec::size);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; r++) sums[r][v] = fma(sums[r][v], scale, bias);
+      }
+      if (target.residual != nullptr) {
+        const float* residual = target.residual;
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; r++, residual += target.stride) {
+#pragma GCC unroll 16
+          for (int v = 0; v < kVecs; v++) {
+            sums[r][v] = sums[r][v] + Vec::load(residual + v * Vec::size);
+          }
+        }
+      }
+      const Vec least = Vec::set1(target.least), most = Vec::set1(target.most);
+      float* out = target.out;
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; r++, out += target.stride) {
+#pragma GCC unroll 16
+        for (int v = 0; v < kVecs; v++) {
+          min(most, max(least, sums[r][v])).store(out + v * Vec::size);
+        }
+      }
+      return;
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; r++) {
 #pragma GCC unroll 16
       for (int v = 0; v < kVecs; v++) {
-        float* p = tile + r * kTileChannels + v * Vec::size;
-        (begin == 0 ? sums[r][v] : sums[r][v] + Vec::load(p)).store(p);
+        sums[r][v].store(tile + r * kTileChannels + v * Vec::size);
       }
     }
   }
@@ -144,39 +218,48 @@ inline void gemm_tile(const float* a, int64_t a_stride, Column column, const flo
 
 template <class Column>
 using GemmTile = void (*)(const float*, int64_t, Column, const float*, int64_t, const float*,
-                          float*);
+                          float*, const Target&);
 
-template <int kVecs, int kRows, class Column>
+template <bool kFinish, int kVecs, int kRows, class Column>
 inline GemmTile<Column> tile_for(int64_t rows) {
   if constexpr (kRows == 1) {
-    return gemm_tile<1, kVecs, Column>;
+    return gemm_tile<kFinish, 1, kVecs, Column>;
   } else {
-    return rows == kRows ? gemm_tile<kRows, kVecs, Column>
-                         : tile_for<kVecs, kRows - 1, Column>(rows);
+    return rows == kRows ? gemm_tile<kFinish, kRows, kVecs, Column>
+                         : tile_for<kFinish, kVecs, kRows - 1, Column>(rows);
   }
 }
 
-// Register tiles whose sums are finished together, so that the epilogue's loops are long.
+// Raw sums of so many register tiles are finished together, so that the epilogue's loops are long.
 constexpr int kBatch = 4;
 
+// Gives no tile a target.
+struct Nowhere {
+  EFFKERNELS_INLINE Target operator()(int64_t, int64_t) const { return Target{}; }
+};
+
 // `rows` rows of A times `channels` output channels, up to kTileChannels: finish(row, count, sums)
-// is called for a few tiles at a time with their raw sums, [count, kTileChannels].
-template <class Column, class Finish>
+// is called for a few tiles at a time with their raw sums, [count, kTileChannels]. Tiles for whose
+// rows place(row, count) gives a target are finished there instead.
+template <class Column, class Finish, class Place>
 inline void gemm_rows(const float* a, int64_t a_stride, Column column, int64_t rows,
                       const float* panels, int64_t channels, int64_t depth, const float* next,
-                      Finish&& finish) {
+                      Finish&& finish, Place&& place) {
   constexpr int kPerPanel = kPanel / Vec::size;
   alignas(64) float sums[kBatch * kTileRows * kTileChannels];
   const bool half = kHalfPanels && channels <= Vec::size;
   const int64_t tiles = ceil_div(rows, half ? 2 * kTileRows : kTileRows);
-  const int64_t batch = half ? kBatch / 2 : kBatch;
   const int64_t size = tiles == 0 ? 0 : rows / tiles;
   const int64_t larger = rows - size * tiles;  // the first `larger` tiles have one row more
-  GemmTile<Column> functions[2];
+  GemmTile<Column> functions[2][2];            // [finished][larger]
   const auto use = [&](auto vecs, auto most) {
     constexpr int kVecs = decltype(vecs)::value, kMost = decltype(most)::value;
-    functions[0] = tile_for<kVecs, kMost, Column>(size);
-    functions[1] = tile_for<kVecs, kMost, Column>(size + (larger > 0));
+    functions[0][0] = tile_for<false, kVecs, kMost, Column>(size);
+    functions[0][1] = tile_for<false, kVecs, kMost, Column>(size + (larger > 0));
+    if constexpr (!std::is_same_v<std::decay_t<Place>, Nowhere>) {
+      functions[1][0] = tile_for<true, kVecs, kMost, Column>(size);
+      functions[1][1] = tile_for<true, kVecs, kMost, Column>(size + (larger > 0));
+    }
   };
   constexpr std::integral_constant<int, kTileRows> usual;
   if (half) {
@@ -188,19 +271,31 @@ inline void gemm_rows(const float* a, int64_t a_stride, Column column, int64_t r
   } else if constexpr (kTileChannels == 2 * kPanel) {
     use(std::integral_constant<int, 2 * kPerPanel>{}, usual);
   }
-  int64_t row = 0;
-  for (int64_t t = 0; t < tiles;) {
-    int64_t count = 0;
-    for (const int64_t end = min_of(tiles, t + batch); t < end; t++) {
-      // Every tile asks for what it will need soon, the last one for the next panels.
-      functions[t < larger](a + (row + count) * a_stride, a_stride, column, panels, depth,
-                            t + 1 == tiles ? next : panels + kAheadLines * kPanel,
-                            sums + count * kTileChannels);
-      count += size + (t < larger);
+  constexpr int64_t kRoom = kBatch * kTileRows;
+  int64_t row = 0, waiting = 0;  // rows whose raw sums are not finished yet
+  for (int64_t t = 0; t < tiles; t++) {
+    const int64_t count = size + (t < larger);
+    const Target target = place(row, count);
+    const bool placed = target.out != nullptr;
+    if (waiting > 0 && (placed || waiting + count > kRoom)) {
+      finish(row - waiting, waiting, sums);
+      waiting = 0;
     }
-    finish(row, count, sums);
+    // Every tile asks for what it will need soon, the last one for the next panels.
+    functions[placed][t < larger](a + row * a_stride, a_stride, column, panels, depth,
+                                  t + 1 == tiles ? next : panels + kAheadLines * kPanel,
+                                  sums + waiting * kTileChannels, target);
     row += count;
+    if (!placed) waiting += count;
   }
+  if (waiting > 0) finish(row - waiting, waiting, sums);
+}
+
+template <class Column, class Finish>
+inline void gemm_rows(const float* a, int64_t a_stride, Column column, int64_t rows,
+                      const float* panels, int64_t channels, int64_t depth, const float* next,
+                      Finish&& finish) {
+  gemm_rows(a, a_stride, column, rows, panels, channels, depth, next, finish, Nowhere{});
 }
 
 // A dense convolution as a matrix product. prepare(image, first, rows, buffer) returns the rows
@@ -278,14 +373,28 @@ inline void gemm(const GemmShape& shape, const float* packed, const Epilogue& ep
         for (int64_t c = 0; sum != nullptr && c < count; c++) sum[k + c] = 0.0f;
         panel += here;
         const int64_t next = panel < last ? min_of(panel, panels - here) : 0;
-        gemm_rows(a, shape.depth, Dense{}, rows, packed + k * shape.depth, count, shape.depth,
-                  packed + next * kPanel * shape.depth,
-                  [&](int64_t row, int64_t rows_done, const float* tile) {
-                    const int64_t at = start + row * shape.channels + k;
-                    finish_rows<T>(tile, kTileChannels, rows_done, count, epilogue, k,
-                                   residual == nullptr ? nullptr : residual + at, out + at,
-                                   shape.channels, sum == nullptr ? nullptr : sum + k);
-                  });
+        Target target;
+        const bool aimed = aim(epilogue, k, count, &target) && sum == nullptr;
+        target.stride = shape.channels;
+        gemm_rows(
+            a, shape.depth, Dense{}, rows, packed + k * shape.depth, count, shape.depth,
+            packed + next * kPanel * shape.depth,
+            [&](int64_t row, int64_t rows_done, const float* tile) {
+              const int64_t at = start + row * shape.channels + k;
+              finish_rows<T>(tile, kTileChannels, rows_done, count, epilogue, k,
+                             residual == nullptr ? nullptr : residual + at, out + at,
+                             shape.channels, sum == nullptr ? nullptr : sum + k);
+            },
+            [&](int64_t row, int64_t) {
+              if constexpr (std::is_same_v<T, float>) {
+                if (aimed) {
+                  const int64_t at = start + row * shape.channels + k;
+                  target.out = out + at;
+                  if (residual != nullptr) target.residual = residual + at;
+                }
+              }
+              return target;
+            });
       }
     }
   });

@@ -26,7 +26,8 @@ namespace effkernels {
 namespace EFFKERNELS_ISA {
 
 // The same pointer, which the compiler no longer knows to be a sum: it will not keep the parts.
-EFFKERNELS_INLINE const float* opaque(const float* p) {
+template <class T>
+EFFKERNELS_INLINE const T* opaque(const T* p) {
   asm("" : "+r"(p));
   return p;
 }

@@ -25,7 +25,8 @@ constexpr int kTilePixels = 14;
 #else
 constexpr int kTilePixels = 7;
 #endif
-constexpr int kRowPixels = 56;  // outputs whose sums are finished together
+constexpr int kRowPixels = 56;          // outputs whose sums are finished together
+constexpr int64_t kBlockValues = 6144;  // of the image under them, in window_row: 24 KB
 
 // tile[t * Vec::size] = sum over taps (y, x in [x_begin, x_end)) of
 //   weight[(y * kernel_w + x) * weight_stride] * rows[y][x * tap_step + t * pixel_step]
@@ -69,28 +70,49 @@ template <int kCount>
 constexpr bool kUnrolled = EFFKERNELS_ISA_ID == EFFKERNELS_ID_avx2 && kCount >= 4;
 
 inline bool is_frequent(const Geometry& g) {
-  return g.kernel_h == g.kernel_w && (g.kernel_h == 3 || g.kernel_h == 5);
+  return g.kernel_h == g.kernel_w && (g.kernel_h == 3 || g.kernel_h == 5) && g.dilation_w == 1 &&
+         (g.stride_w == 1 || g.stride_w == 2);
 }
 
-// The same for a kernel of kTaps x kTaps and whole vectors of channels.
-template <int kCount, int kTaps, class T>
-EFFKERNELS_INLINE void square_window_tile(const T* const* rows, int64_t offset, int64_t tap_step,
-                                          int64_t pixel_step, const float* weight,
-                                          int64_t weight_stride, float* tile) {
+// body(taps, stride) with those of a frequent window as compile-time constants.
+template <class F>
+EFFKERNELS_INLINE void with_window(const Geometry& g, F&& body) {
+  constexpr std::integral_constant<int, 1> one;
+  constexpr std::integral_constant<int, 2> two;
+  constexpr std::integral_constant<int, 3> three;
+  constexpr std::integral_constant<int, 5> five;
+  if (g.kernel_h == 3) {
+    g.stride_w == 1 ? body(three, one) : body(three, two);
+  } else {
+    g.stride_w == 1 ? body(five, one) : body(five, two);
+  }
+}
+
+// The same for a kernel of kTaps x kTaps, neighbouring taps `pixel` values apart, and whole vectors
+// of channels. Every pixel is loaded once for all the outputs that see it, from a pointer that
+// walks along the row: where `pixel` is only known at run time, an address each for all of them is
+// more than the integer registers hold.
+template <int kCount, int kTaps, int kStride, class T>
+EFFKERNELS_INLINE void square_window_tile(const T* const* rows, int64_t offset, int64_t pixel,
+                                          const float* weight, int64_t weight_stride, float* tile) {
+  constexpr int kPixels = (kCount - 1) * kStride + kTaps;
   Vec sums[kCount];
 #pragma GCC unroll 16
   for (int t = 0; t < kCount; t++) sums[t] = Vec::set1(0.0f);
-#pragma GCC unroll 8
-  for (int y = 0; y < kTaps; y++) {
+  for (int y = 0; y < kTaps; y++, weight += kTaps * weight_stride) {
     if (rows[y] == nullptr) continue;
     const T* p = rows[y] + offset;
-    const float* w = weight + y * kTaps * weight_stride;
+    Vec taps[kTaps];
 #pragma GCC unroll 8
-    for (int x = 0; x < kTaps; x++, w += weight_stride) {
-      const Vec tap = Vec::load(w);
+    for (int x = 0; x < kTaps; x++) taps[x] = Vec::load(weight + x * weight_stride);
+#pragma GCC unroll 32
+    for (int j = 0; j < kPixels; j++) {
+      const Vec value = Vec::load(p);
+      if (j + 1 < kPixels) p = opaque(p + pixel);
 #pragma GCC unroll 16
       for (int t = 0; t < kCount; t++) {
-        sums[t] = fma(Vec::load(p + x * tap_step + t * pixel_step), tap, sums[t]);
+        const int x = j - t * kStride;
+        if (x >= 0 && x < kTaps) sums[t] = fma(value, taps[x], sums[t]);
       }
     }
   }
@@ -132,10 +154,15 @@ inline void window_row(const T* image, const Images& in, const Geometry& g, int6
   const int64_t inner_end =
       max_of(inner_begin, room < 0 ? 0 : min_of(out_width, room / g.stride_w + 1));
   alignas(64) float sums[kRowPixels * Vec::size];
-  for (int64_t c = 0; c < in.channels; c += Vec::size) {
-    const int64_t valid = min_of(in.channels - c, Vec::size);
-    for (int64_t begin = 0; begin < out_width; begin += kRowPixels) {
-      const int64_t end = min_of(out_width, begin + kRowPixels);
+  // The rows under so many outputs stay in the first cache while channel after channel of them is
+  // read.
+  const int64_t line = g.kernel_h * g.stride_w * in.channels;
+  const int64_t block =
+      min_of(kRowPixels, max_of(2, kBlockValues / line / kTilePixels) * kTilePixels);
+  for (int64_t begin = 0; begin < out_width; begin += block) {
+    const int64_t end = min_of(out_width, begin + block);
+    for (int64_t c = 0; c < in.channels; c += Vec::size) {
+      const int64_t valid = min_of(in.channels - c, Vec::size);
       const auto start = [&](int64_t x) { return x * g.stride_w - g.left; };
       const auto tile = [&](int64_t x) { return sums + (x - begin) * Vec::size; };
       const auto border = [&](int64_t x) {
@@ -152,14 +179,11 @@ inline void window_row(const T* image, const Images& in, const Geometry& g, int6
         constexpr int kCount = decltype(count)::value;
         const int64_t at = start(x) * pixel + c;
         if constexpr (kUnrolled<kCount>) {
-          const auto square = [&](auto taps) EFFKERNELS_LAMBDA_INLINE {
-            square_window_tile<kCount, decltype(taps)::value>(rows, at, tap_step, pixel_step,
-                                                              weight + c, weight_stride, tile(x));
+          const auto square = [&](auto taps, auto stride) EFFKERNELS_LAMBDA_INLINE {
+            square_window_tile<kCount, decltype(taps)::value, decltype(stride)::value>(
+                rows, at, pixel, weight + c, weight_stride, tile(x));
           };
-          if (frequent && valid == Vec::size) {
-            return g.kernel_h == 3 ? square(std::integral_constant<int, 3>{})
-                                   : square(std::integral_constant<int, 5>{});
-          }
+          if (frequent && valid == Vec::size) return with_window(g, square);
         }
         window_tile<kCount>(rows, at, g, 0, g.kernel_w, tap_step, pixel_step, weight + c,
                             weight_stride, valid, tile(x));
@@ -197,20 +221,12 @@ inline void padded_window_sums(const float* const* rows, const Geometry& g, int6
     constexpr int kCount = decltype(count)::value;
     const auto run = [&](auto taps, auto stride) EFFKERNELS_LAMBDA_INLINE {
       constexpr int64_t step = decltype(stride)::value * kPixel;
-      square_window_tile<kCount, decltype(taps)::value>(rows, x * step + channel, kPixel, step,
-                                                        weight, weight_stride, tile);
+      square_window_tile<kCount, decltype(taps)::value, decltype(stride)::value>(
+          rows, x * step + channel, kPixel, weight, weight_stride, tile);
     };
-    constexpr std::integral_constant<int, 1> one;
-    constexpr std::integral_constant<int, 2> two;
-    constexpr std::integral_constant<int, 3> three;
-    constexpr std::integral_constant<int, 5> five;
-    if (g.kernel_h == 3) {
-      g.stride_w == 1 ? run(three, one) : run(three, two);
-    } else {
-      g.stride_w == 1 ? run(five, one) : run(five, two);
-    }
+    with_window(g, run);
   };
-  const bool frequent = is_frequent(g) && g.dilation_w == 1 && g.stride_w <= 2;
+  const bool frequent = is_frequent(g);
   cover<kTilePixels>(begin, end, [&](auto count, int64_t x) {
     float* tile = sums + (x - begin) * Vec::size;
     if constexpr (kUnrolled<decltype(count)::value>) {

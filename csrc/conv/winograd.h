@@ -251,11 +251,12 @@ class Winograd {
     const int64_t larger = rows - size * tiles;  // the first `larger` tiles have one row more
     GemmTile<Sums> functions[2];
     if (here == 1) {
-      functions[0] = tile_for<kPanel / Vec::size, kTileRows, Sums>(size);
-      functions[1] = tile_for<kPanel / Vec::size, kTileRows, Sums>(size + (larger > 0));
+      functions[0] = tile_for<false, kPanel / Vec::size, kTileRows, Sums>(size);
+      functions[1] = tile_for<false, kPanel / Vec::size, kTileRows, Sums>(size + (larger > 0));
     } else {
-      functions[0] = tile_for<kWide * kPanel / Vec::size, kTileRows, Sums>(size);
-      functions[1] = tile_for<kWide * kPanel / Vec::size, kTileRows, Sums>(size + (larger > 0));
+      functions[0] = tile_for<false, kWide * kPanel / Vec::size, kTileRows, Sums>(size);
+      functions[1] =
+          tile_for<false, kWide * kPanel / Vec::size, kTileRows, Sums>(size + (larger > 0));
     }
     for (int64_t i = 0; i < kMatrices; i++) {
       const float* weights = panels(i, panel);
@@ -266,7 +267,8 @@ class Winograd {
       float* product = buffers.products + i * product_;
       for (int64_t t = 0; t < tiles; t++) {
         functions[t < larger](a, row_, Sums{}, weights, depth_,
-                              t + 1 == tiles ? next : weights + kAheadLines * kPanel, product);
+                              t + 1 == tiles ? next : weights + kAheadLines * kPanel, product,
+                              Target{});
         const int64_t done = size + (t < larger);
         a += done * row_;
         product += done * kTileChannels;
@@ -347,8 +349,9 @@ class Winograd {
     }
     alignas(64) float sums[kOutputs * kTileChannels];
     for (int64_t i = 0; i < kOutputs; i += kDown) {
-      gemm_tile<kDown, kPanel / Vec::size>(windows + i * depth, depth, Dense{}, weights, depth,
-                                           weights, sums + i * kTileChannels);
+      gemm_tile<false, kDown, kPanel / Vec::size>(windows + i * depth, depth, Dense{}, weights,
+                                                  depth, weights, sums + i * kTileChannels,
+                                                  Target{});
     }
     for (int64_t i = 0; i < kOutputs; i++) {
       std::memcpy(to + i / kAcross * line + i % kAcross * kTileChannels, sums + i * kTileChannels,

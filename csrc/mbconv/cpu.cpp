@@ -79,21 +79,31 @@ void expand_rows(const MBConvArgs& args, const float* image, const Ring& ring, i
   if (columns == 0) return;
   const int64_t panels = ceil_div(channels, kPanel);
   const int64_t after = min_of(channel / kPanel + panels, ceil_div(args.expanded, kPanel) - panels);
-  gemm_rows(image + y * args.in.width * depth, depth, Dense{}, count * columns,
-            args.expand_weight + channel * depth, channels, depth,
-            args.expand_weight + after * kPanel * depth,
-            [&](int64_t pixel, int64_t rows, const float* tile) {
-              while (rows > 0) {  // a tile may cross the end of an image row
-                const int64_t row = pixel / columns, x = pixel % columns;
-                const int64_t n = min_of(rows, columns - x);
-                finish_rows<float>(tile, kTileChannels, n, channels, args.expand, channel, nullptr,
-                                   ring.row(y + row) + (left + x) * kTileChannels, kTileChannels,
-                                   nullptr);
-                tile += n * kTileChannels;
-                pixel += n;
-                rows -= n;
-              }
-            });
+  Target target;
+  const bool aimed = aim(args.expand, channel, channels, &target);
+  target.stride = kTileChannels;
+  gemm_rows(
+      image + y * args.in.width * depth, depth, Dense{}, count * columns,
+      args.expand_weight + channel * depth, channels, depth,
+      args.expand_weight + after * kPanel * depth,
+      [&](int64_t pixel, int64_t rows, const float* tile) {
+        while (rows > 0) {  // a tile may cross the end of an image row
+          const int64_t row = pixel / columns, x = pixel % columns;
+          const int64_t n = min_of(rows, columns - x);
+          finish_rows<float>(tile, kTileChannels, n, channels, args.expand, channel, nullptr,
+                             ring.row(y + row) + (left + x) * kTileChannels, kTileChannels,
+                             nullptr);
+          tile += n * kTileChannels;
+          pixel += n;
+          rows -= n;
+        }
+      },
+      [&](int64_t pixel, int64_t rows) {
+        const int64_t row = pixel / columns, x = pixel % columns;
+        const bool here = aimed && x + rows <= columns;
+        target.out = here ? ring.row(y + row) + (left + x) * kTileChannels : nullptr;
+        return target;
+      });
 }
 
 // Short output rows are finished several at a time, as long as a pixel's row fits kRowPixels: the
@@ -108,24 +118,28 @@ int64_t finished_groups(const MBConvArgs& args) {
   return ceil_div(args.out_height, finished_rows(args));
 }
 
-// hidden rows [first, last) of `panels` panels from `channel` on, and their sums if asked for;
-// whole groups of finished rows.
-void expand_depthwise(const MBConvArgs& args, const float* image, int64_t channel, int64_t panels,
-                      int64_t first, int64_t last, float* hidden, float* row_sums) {
+// The image row after the last one that output rows before `last` see.
+int64_t seen_end(const MBConvArgs& args, int64_t last) {
   const Geometry& g = args.geometry;
-  Ring ring = make_ring(args);
-  ring.data = scratch(ScratchUse::kRing, ring.size());
-  std::memset(ring.data, 0, ring.size() * sizeof(float));  // the padding stays zero
+  const int64_t reach = g.dilation_h * (g.kernel_h - 1);
+  return min_of(args.in.height, (last - 1) * g.stride_h - g.top + reach + 1);
+}
+
+// hidden rows [first, last) of `panels` panels from `channel` on, and their sums if asked for;
+// whole groups of finished rows. Image rows before `next` are in the ring, those from `stop` on
+// will not be needed; returns the new `next`.
+int64_t expand_depthwise(const MBConvArgs& args, const float* image, const Ring& ring,
+                         int64_t channel, int64_t panels, int64_t first, int64_t last, int64_t next,
+                         int64_t stop, float* hidden, float* row_sums) {
+  const Geometry& g = args.geometry;
   const int64_t channels = min_of(args.expanded - channel, panels * kPanel);
   const int64_t weight_stride = round_up(args.expanded, kPanel);
   const size_t taps = static_cast<size_t>(g.kernel_h);
   const float** rows = static_cast<const float**>(__builtin_alloca(taps * sizeof(const float*)));
   const int64_t reach = g.dilation_h * (g.kernel_h - 1);
-  const int64_t stop = min_of(args.in.height, (last - 1) * g.stride_h - g.top + reach + 1);
   const int64_t group = finished_rows(args);
   constexpr int64_t kVecs = kTileChannels / Vec::size;
   alignas(64) float sums[kVecs][kRowPixels * Vec::size];
-  int64_t next = 0;
   for (int64_t y = first; y < last; y++) {
     const int64_t top = y * g.stride_h - g.top;
     next = max_of(next, top);
@@ -140,7 +154,7 @@ void expand_depthwise(const MBConvArgs& args, const float* image, int64_t channe
       rows[ky] = row < 0 || row >= args.in.height ? ring.zeros() : ring.row(row);
     }
     const int64_t begin = y / group * group;  // of this group
-    float* out = hidden + begin * args.out_width * args.expanded + channel;
+    float* out = hidden + (begin - first) * args.out_width * args.expanded + channel;
     float* sum = nullptr;
     if (row_sums != nullptr) {
       sum = row_sums + y / group * args.expanded + channel;
@@ -164,7 +178,28 @@ void expand_depthwise(const MBConvArgs& args, const float* image, int64_t channe
                          out + c, args.expanded, sum == nullptr ? nullptr : sum + c);
     }
   }
+  return next;
 }
+
+// The same of a convolution of the image itself.
+void depthwise_rows(const MBConvArgs& args, const float* image, int64_t first, int64_t last,
+                    float* hidden, float* row_sums) {
+  const int64_t weight_stride = round_up(args.expanded, kPanel);
+  const size_t taps = static_cast<size_t>(args.geometry.kernel_h);
+  const float** rows = static_cast<const float**>(__builtin_alloca(taps * sizeof(float*)));
+  for (int64_t y = first; y < last; y++) {
+    float* sum = row_sums == nullptr ? nullptr : row_sums + y * args.expanded;
+    for (int64_t c = 0; sum != nullptr && c < args.expanded; c++) sum[c] = 0.0f;
+    window_row(image, args.in, args.geometry, y, args.out_width, args.depthwise_weight,
+               weight_stride, args.depthwise, hidden + (y - first) * args.out_width * args.expanded,
+               rows, sum);
+  }
+}
+
+// Values of hidden (64 and 256 KB): of a band where it is made band by band, and of an image from
+// which on it is.
+constexpr int64_t kBandValues = 16384;
+constexpr int64_t kBandwise = 65536;
 
 // Bands of output rows that share a panel's work between threads. Every band expands the rows that
 // it shares with its neighbour again, so bands pay only where the panels cannot be dealt out
@@ -188,18 +223,10 @@ int64_t band_count(const MBConvArgs& args, int64_t panels, int64_t threads) {
 
 void hidden_rows(const MBConvArgs& args, const float* image, float* hidden, float* row_sums,
                  const Parallel& parallel) {
+  const int64_t row = args.out_width * args.expanded;
   if (args.expand_weight == nullptr) {
-    const int64_t weight_stride = round_up(args.expanded, kPanel);
     parallel_for(parallel, args.out_height, [&](int64_t begin, int64_t end) {
-      const size_t taps = static_cast<size_t>(args.geometry.kernel_h);
-      const float** rows = static_cast<const float**>(__builtin_alloca(taps * sizeof(float*)));
-      for (int64_t y = begin; y < end; y++) {
-        float* sum = row_sums == nullptr ? nullptr : row_sums + y * args.expanded;
-        for (int64_t c = 0; sum != nullptr && c < args.expanded; c++) sum[c] = 0.0f;
-        window_row(image, args.in, args.geometry, y, args.out_width, args.depthwise_weight,
-                   weight_stride, args.depthwise, hidden + y * args.out_width * args.expanded, rows,
-                   sum);
-      }
+      depthwise_rows(args, image, begin, end, hidden + begin * row, row_sums);
     });
     return;
   }
@@ -207,15 +234,62 @@ void hidden_rows(const MBConvArgs& args, const float* image, float* hidden, floa
   const int64_t bands = band_count(args, panels, parallel.threads);
   const int64_t groups = finished_groups(args), rows = finished_rows(args);
   parallel_for(parallel, panels * bands, [&](int64_t begin, int64_t end) {
+    Ring ring = make_ring(args);
+    ring.data = scratch(ScratchUse::kRing, ring.size());
     for (int64_t task = begin; task < end;) {
       const int64_t band = task / panels, panel = task % panels;
       const int64_t count = min_of(min_of(end - task, panels - panel), kTileChannels / kPanel);
-      expand_depthwise(args, image, panel * kPanel, count, band * groups / bands * rows,
-                       min_of(args.out_height, (band + 1) * groups / bands * rows), hidden,
-                       row_sums);
+      const int64_t first = band * groups / bands * rows;
+      const int64_t last = min_of(args.out_height, (band + 1) * groups / bands * rows);
+      std::memset(ring.data, 0, ring.size() * sizeof(float));  // the padding stays zero
+      expand_depthwise(args, image, ring, panel * kPanel, count, first, last, 0,
+                       seen_end(args, last), hidden + first * row, row_sums);
       task += count;
     }
   });
+}
+
+// A block without a gate needs no whole hidden: output rows [first, last), a band of them at a
+// time. Every pair of panels keeps its ring, so that no row is expanded twice.
+template <class T>
+void run_bands(const MBConvArgs& args, const float* image, const Epilogue& project, int64_t first,
+               int64_t last, T* output) {
+  const int64_t row = args.out_width * args.expanded, group = finished_rows(args);
+  const int64_t size = round_up(max_of(1, kBandValues / max_of(1, row)), group);
+  const int64_t panels = ceil_div(args.expanded, kPanel), pair = kTileChannels / kPanel;
+  Ring ring{};
+  size_t rings = 0;
+  if (args.expand_weight != nullptr) {
+    ring = make_ring(args);
+    rings = static_cast<size_t>(ceil_div(panels, pair)) * ring.size();
+  }
+  float* data = scratch(ScratchUse::kRing, rings + static_cast<size_t>(size * row));
+  float* hidden = data + rings;
+  std::memset(data, 0, rings * sizeof(float));  // the padding stays zero
+  const int64_t stop = seen_end(args, last);
+  int64_t next = 0;
+  for (int64_t y = first; y < last; y += size) {
+    const int64_t end = min_of(last, y + size);
+    if (args.expand_weight == nullptr) {
+      depthwise_rows(args, image, y, end, hidden, nullptr);
+    } else {
+      int64_t after = next;
+      for (int64_t panel = 0; panel < panels; panel += pair) {
+        ring.data = data + static_cast<size_t>(panel / pair) * ring.size();
+        after = expand_depthwise(args, image, ring, panel * kPanel, min_of(pair, panels - panel), y,
+                                 end, next, stop, hidden, nullptr);
+      }
+      next = after;
+    }
+    const int64_t start = y * args.out_width * args.out_channels;
+    Epilogue epilogue = project;
+    if (project.residual != nullptr) {
+      epilogue.residual = static_cast<const T*>(project.residual) + start;
+    }
+    const GemmShape shape{1, (end - y) * args.out_width, args.expanded, args.out_channels, false};
+    pointwise_gemm<float, T>(shape, hidden, nullptr, args.project_weight, epilogue, output + start,
+                             nullptr, Parallel{1, nullptr});
+  }
 }
 
 // Below this many weights another thread takes longer to wake than to help.
@@ -248,8 +322,10 @@ void run_image(const MBConvArgs& args, int64_t index, const Parallel& parallel) 
   // The gate multiplies whichever is smaller: the project's weights once, or the rows of hidden.
   const int64_t panels = round_up(args.out_channels, kPanel);
   const int64_t gated = args.squeeze_excite && panels < pixels ? panels * expanded : 0;
-  float* buffer = scratch(ScratchUse::kBlock,
-                          static_cast<size_t>(converted + sums + gated + pixels * expanded));
+  const bool bandwise = !args.squeeze_excite && pixels * expanded > kBandwise;
+  const int64_t whole = bandwise ? 0 : pixels * expanded;  // of hidden
+  float* buffer =
+      scratch(ScratchUse::kBlock, static_cast<size_t>(converted + sums + gated + whole));
   float* row_sums = args.squeeze_excite ? buffer + converted : nullptr;
   float* gated_weight = buffer + converted + sums;
   float* hidden = gated_weight + gated;
@@ -262,6 +338,20 @@ void run_image(const MBConvArgs& args, int64_t index, const Parallel& parallel) 
       convert_row(input + begin * row, nullptr, (end - begin) * row, buffer + begin * row);
     });
     image = buffer;
+  }
+  const int64_t offset = index * pixels * args.out_channels;
+  T* output = static_cast<T*>(args.output) + offset;
+  Epilogue project = args.project;
+  if (project.residual != nullptr) {
+    project.residual = static_cast<const T*>(project.residual) + offset;
+  }
+  if (bandwise) {
+    const int64_t group = finished_rows(args);
+    parallel_for(parallel, finished_groups(args), [&](int64_t begin, int64_t end) {
+      run_bands<T>(args, image, project, begin * group, min_of(args.out_height, end * group),
+                   output);
+    });
+    return;
   }
   hidden_rows(args, image, hidden, row_sums, parallel);
   const float* weight = args.project_weight;
@@ -277,14 +367,8 @@ void run_image(const MBConvArgs& args, int64_t index, const Parallel& parallel) 
       gate = nullptr;
     }
   }
-  const int64_t output = index * pixels * args.out_channels;
-  Epilogue project = args.project;
-  if (project.residual != nullptr) {
-    project.residual = static_cast<const T*>(project.residual) + output;
-  }
   const GemmShape shape{1, pixels, expanded, args.out_channels, false};
-  pointwise_gemm<float, T>(shape, hidden, gate, weight, project,
-                           static_cast<T*>(args.output) + output, nullptr, parallel);
+  pointwise_gemm<float, T>(shape, hidden, gate, weight, project, output, nullptr, parallel);
 }
 
 template <class T>
