@@ -83,6 +83,32 @@ LAYERS = {
     )
     for name, (n, c, e, k, r, s, w, d) in BLOCKS.items()
 }
+# Without a gate and with a large hidden image: band by band.
+ungated = partial(Case, reduced=None, activation="relu6")
+LAYERS |= {
+    "bands": ungated(
+        channels=17, expanded=100, outputs=None, size=(29, 27), kernel=(3, 5), stride=1, batch=1
+    ),
+    "bands, stride": ungated(
+        channels=24, expanded=144, outputs=40, size=(57, 60), kernel=5, stride=2, batch=1
+    ),
+    "bands, no expansion": ungated(
+        channels=33, expanded=None, outputs=15, size=(47, 45), kernel=3, stride=1, batch=1
+    ),
+    "bands, dilation": ungated(
+        channels=8,
+        expanded=48,
+        outputs=None,
+        size=(31, 61),
+        kernel=3,
+        stride=1,
+        dilation=2,
+        batch=3,
+    ),
+    "bands of a row": ungated(
+        channels=8, expanded=136, outputs=16, size=(6, 130), kernel=3, stride=1, batch=1
+    ),
+}
 
 
 def arguments(case: Case, dtype: torch.dtype, repetition: int = 0) -> Arguments:
