@@ -12,7 +12,7 @@
 // tile does not divide are split evenly (7 = 4 + 3), never 6 + 1: a 1-row tile waits for its two
 // chains of fma.
 //
-// The last tile over a pair of panels prefetches the next pair: EfficientNet-B0's weights come from
+// The last tile over a pair of panels (kAsking) prefetches the next pair: EfficientNet-B0's weights come from
 // the last cache, and the first tile, which needs them four times as fast as the others, would wait
 // (5.05 -> 4.89 ms on a Zen 5 core, avx2 9.83 -> 9.28, then into the second cache). The others
 // prefetch kAheadLines ahead in the same pair, into the first: 178 -> 202 GFLOP/s of depths over
@@ -29,6 +29,9 @@
 // 12 fma. On a Zen 3 core that is as fast as one in quiet moments, and 8-11 % faster in the slow
 // ones of a shared machine; four values a pass, as gcc compiled them, were slower. There the last 8
 // of 24 or 40 channels have a tile of 12 rows x 8: EfficientNet-B0 13.5 -> 12.8 ms.
+// And there the last eight tiles share in asking for the next panel: a line for each value of depth
+// in one tile is more than memory gives, and 49 pixels are nine tiles. Blocks of 7x7 pixels with
+// weights that no cache holds 690 -> 600 and 445 -> 405 us, others as fast as before.
 //
 // Tried and lost on a Xeon with AMX, where this reaches 170-195 GFLOP/s: float32 from three bf16 a
 // value and six tile products (a third of fma's error). The product alone made 230-290 GFLOP/s of
@@ -41,7 +44,8 @@
 // The sums leave the registers through a small tile on the stack: the epilogue then is one
 // function, whatever the tile. A store and a load per vector, against a fma per value of depth.
 // Where the epilogue is only a bias, a residual and limits (none, relu, relu6), and a tile's
-// outputs are whole vectors at one stride, the tile does it itself (Target).
+// outputs are whole vectors at one stride, the tile does it itself (Target): Zen 3, 71 -> 77 GFLOP/s
+// of depth 16 with relu6, 78 -> 81 of 24, 91 -> 93 of 96.
 #pragma once
 
 #include "common/activation.h"
@@ -74,6 +78,16 @@ constexpr int kSteps = 1;
 constexpr int64_t kChain = 256;
 
 constexpr int64_t kAheadLines = 32;  // lines of a panel from the one in use to the one asked for
+
+// Tiles at the end of a product that share in asking for the next panels' lines.
+constexpr int64_t kAsking = EFFKERNELS_ISA_ID == EFFKERNELS_ID_avx2 ? 8 : 1;
+
+// What a tile asks for while it works: a line of every panel at `from`, and `step` bytes further
+// for each value of depth.
+struct Ahead {
+  const float* from;
+  int64_t step = kPanel * sizeof(float);
+};
 
 // Where the values of a row of A lie, from its start: one after the other, or by a table.
 struct Dense {
@@ -125,11 +139,11 @@ inline bool aim(const Epilogue& epilogue, int64_t first, int64_t channels, Targe
 }
 
 // tile[r * kTileChannels + j] = sum over c of a[r * a_stride + column(c)] * panels[...], for kRows
-// rows and kVecs vectors of channels. Asks for as many lines as it reads of the panels, from `next`
-// on. With kFinish the results go to the target instead, and `tile` is scratch.
+// rows and kVecs vectors of channels. With kFinish the results go to the target instead, and `tile`
+// is scratch.
 template <bool kFinish, int kRows, int kVecs, class Column>
 inline void gemm_tile(const float* a, int64_t a_stride, Column column, const float* panels,
-                      int64_t depth, const float* next, float* tile, const Target& target) {
+                      int64_t depth, Ahead ahead, float* tile, const Target& target) {
   constexpr int kPerPanel = kPanel / Vec::size;
   constexpr int kPanels = (kVecs + kPerPanel - 1) / kPerPanel;
   constexpr int kReach = kRows > 8 ? 3 : kRows;  // rows addressed from one pointer
@@ -151,7 +165,11 @@ inline void gemm_tile(const float* a, int64_t a_stride, Column column, const flo
         w[v] = Vec::load(panel + c * kPanel + (v % kPerPanel) * Vec::size);
       }
 #pragma GCC unroll 16
-      for (int p = 0; p < kPanels; p++) prefetch_first(next + (p * depth + c) * kPanel);
+      for (int p = 0; p < kPanels; p++) {
+        const char* line =
+            reinterpret_cast<const char*>(ahead.from + p * depth * kPanel) + c * ahead.step;
+        prefetch_first(line);
+      }
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; r++) {
         if (r > 0 && r % kReach == 0) from = opaque(from + reach);
@@ -217,8 +235,8 @@ inline void gemm_tile(const float* a, int64_t a_stride, Column column, const flo
 }
 
 template <class Column>
-using GemmTile = void (*)(const float*, int64_t, Column, const float*, int64_t, const float*,
-                          float*, const Target&);
+using GemmTile = void (*)(const float*, int64_t, Column, const float*, int64_t, Ahead, float*,
+                          const Target&);
 
 template <bool kFinish, int kVecs, int kRows, class Column>
 inline GemmTile<Column> tile_for(int64_t rows) {
@@ -272,6 +290,7 @@ inline void gemm_rows(const float* a, int64_t a_stride, Column column, int64_t r
     use(std::integral_constant<int, 2 * kPerPanel>{}, usual);
   }
   constexpr int64_t kRoom = kBatch * kTileRows;
+  const int64_t asking = min_of(tiles, kAsking);
   int64_t row = 0, waiting = 0;  // rows whose raw sums are not finished yet
   for (int64_t t = 0; t < tiles; t++) {
     const int64_t count = size + (t < larger);
@@ -281,9 +300,13 @@ inline void gemm_rows(const float* a, int64_t a_stride, Column column, int64_t r
       finish(row - waiting, waiting, sums);
       waiting = 0;
     }
-    // Every tile asks for what it will need soon, the last one for the next panels.
-    functions[placed][t < larger](a + row * a_stride, a_stride, column, panels, depth,
-                                  t + 1 == tiles ? next : panels + kAheadLines * kPanel,
+    // Every tile asks for what it will need soon, the last ones for the next panels.
+    Ahead ahead{panels + kAheadLines * kPanel};
+    if (t >= tiles - asking) {
+      const int64_t part = t - (tiles - asking);
+      ahead = {next + part * depth / asking * kPanel, ahead.step / asking};
+    }
+    functions[placed][t < larger](a + row * a_stride, a_stride, column, panels, depth, ahead,
                                   sums + waiting * kTileChannels, target);
     row += count;
     if (!placed) waiting += count;

@@ -267,8 +267,8 @@ class Winograd {
       float* product = buffers.products + i * product_;
       for (int64_t t = 0; t < tiles; t++) {
         functions[t < larger](a, row_, Sums{}, weights, depth_,
-                              t + 1 == tiles ? next : weights + kAheadLines * kPanel, product,
-                              Target{});
+                              Ahead{t + 1 == tiles ? next : weights + kAheadLines * kPanel},
+                              product, Target{});
         const int64_t done = size + (t < larger);
         a += done * row_;
         product += done * kTileChannels;
@@ -350,7 +350,7 @@ class Winograd {
     alignas(64) float sums[kOutputs * kTileChannels];
     for (int64_t i = 0; i < kOutputs; i += kDown) {
       gemm_tile<false, kDown, kPanel / Vec::size>(windows + i * depth, depth, Dense{}, weights,
-                                                  depth, weights, sums + i * kTileChannels,
+                                                  depth, Ahead{weights}, sums + i * kTileChannels,
                                                   Target{});
     }
     for (int64_t i = 0; i < kOutputs; i++) {
