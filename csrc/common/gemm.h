@@ -12,13 +12,13 @@
 // tile does not divide are split evenly (7 = 4 + 3), never 6 + 1: a 1-row tile waits for its two
 // chains of fma.
 //
-// The last tile over a pair of panels (kAsking) prefetches the next pair: EfficientNet-B0's weights come from
-// the last cache, and the first tile, which needs them four times as fast as the others, would wait
-// (5.05 -> 4.89 ms on a Zen 5 core, avx2 9.83 -> 9.28, then into the second cache). The others
-// prefetch kAheadLines ahead in the same pair, into the first: 178 -> 202 GFLOP/s of depths over
-// 256 on a Xeon, 8 or 32 lines alike (ResNet-50 54 -> 50 ms). On Zen 16 or 40 lines ahead into the
-// second cache made no difference; into the first they were not measured there. Spreading the next
-// pair over all tiles was no faster on the Xeon.
+// The last tile over a pair of panels (kAsking) prefetches the next pair: EfficientNet-B0's weights
+// come from the last cache, and the first tile, which needs them four times as fast as the others,
+// would wait (5.05 -> 4.89 ms on a Zen 5 core, avx2 9.83 -> 9.28, then into the second cache). The
+// others prefetch kAheadLines ahead in the same pair, into the first: 178 -> 202 GFLOP/s of depths
+// over 256 on a Xeon, 8 or 32 lines alike (ResNet-50 54 -> 50 ms). On Zen 16 or 40 lines ahead into
+// the second cache made no difference; into the first they were not measured there. Spreading the
+// next pair over all tiles was no faster on the Xeon.
 //
 // A tile of over 8 rows has a pointer to every third one only, moved by addition: the addresses of
 // the two behind it fit in an instruction. A pointer each is more than the integer registers hold;
@@ -44,8 +44,8 @@
 // The sums leave the registers through a small tile on the stack: the epilogue then is one
 // function, whatever the tile. A store and a load per vector, against a fma per value of depth.
 // Where the epilogue is only a bias, a residual and limits (none, relu, relu6), and a tile's
-// outputs are whole vectors at one stride, the tile does it itself (Target): Zen 3, 71 -> 77 GFLOP/s
-// of depth 16 with relu6, 78 -> 81 of 24, 91 -> 93 of 96.
+// outputs are whole vectors at one stride, the tile does it itself (Target): Zen 3, 71 -> 77
+// GFLOP/s of depth 16 with relu6, 78 -> 81 of 24, 91 -> 93 of 96.
 #pragma once
 
 #include "common/activation.h"

@@ -5,14 +5,17 @@
 // multiplies. Kernel size, dilation and stride stay run-time values: the tap loop's overhead is
 // spread over the outputs, and k = 3, 5 and 7 then share one function. Seven outputs are too few
 // for that: with avx2, windows of 3x3 and 5x5 are unrolled (Zen 3, operands in L1: 2.6 -> 1.45 and
-// 6.7 -> 4.5 ns a vector of outputs; avx512 was not measured). A row is cut greedily into
+// 6.7 -> 4.5 ns a vector of outputs; avx512 was not measured), and every pixel is loaded once for
+// the outputs that see it: as fast there, but the 3x3 window over rows of 32 channels, whose
+// addresses are only known at run time, takes 190 instead of 320 us for 112x112 pixels. In blocks
+// of pixels whose three rows fit the first cache it was not faster. A row is cut greedily into
 // tiles of 14 (where there are 32 registers), 7, 4, 2 and 1: 7 divides the rows of a 224-pixel
 // network, and a single output waits for its one chain of fma (8, 4 and 1 cut 7 into 4 + 1 + 1 +
 // 1).
 //
-// Tried and lost on a Xeon: an input loaded once for all the outputs of a tile that see it (3x3 and
-// 5x5, strides 1 and 2: 2.6 -> 3.4 and 5.2 -> 5.7 ns a vector of outputs in the first cache, the
-// network as fast as before); asking for the lines of the output first.
+// Tried and lost on a Xeon (avx512): an input loaded once for all the outputs of a tile that see it
+// (3x3 and 5x5, strides 1 and 2: 2.6 -> 3.4 and 5.2 -> 5.7 ns a vector of outputs in the first
+// cache, the network as fast as before); asking for the lines of the output first.
 #pragma once
 
 #include "common/activation.h"
@@ -25,8 +28,7 @@ constexpr int kTilePixels = 14;
 #else
 constexpr int kTilePixels = 7;
 #endif
-constexpr int kRowPixels = 56;          // outputs whose sums are finished together
-constexpr int64_t kBlockValues = 6144;  // of the image under them, in window_row: 24 KB
+constexpr int kRowPixels = 56;  // outputs whose sums are finished together
 
 // tile[t * Vec::size] = sum over taps (y, x in [x_begin, x_end)) of
 //   weight[(y * kernel_w + x) * weight_stride] * rows[y][x * tap_step + t * pixel_step]
@@ -154,15 +156,10 @@ inline void window_row(const T* image, const Images& in, const Geometry& g, int6
   const int64_t inner_end =
       max_of(inner_begin, room < 0 ? 0 : min_of(out_width, room / g.stride_w + 1));
   alignas(64) float sums[kRowPixels * Vec::size];
-  // The rows under so many outputs stay in the first cache while channel after channel of them is
-  // read.
-  const int64_t line = g.kernel_h * g.stride_w * in.channels;
-  const int64_t block =
-      min_of(kRowPixels, max_of(2, kBlockValues / line / kTilePixels) * kTilePixels);
-  for (int64_t begin = 0; begin < out_width; begin += block) {
-    const int64_t end = min_of(out_width, begin + block);
-    for (int64_t c = 0; c < in.channels; c += Vec::size) {
-      const int64_t valid = min_of(in.channels - c, Vec::size);
+  for (int64_t c = 0; c < in.channels; c += Vec::size) {
+    const int64_t valid = min_of(in.channels - c, Vec::size);
+    for (int64_t begin = 0; begin < out_width; begin += kRowPixels) {
+      const int64_t end = min_of(out_width, begin + kRowPixels);
       const auto start = [&](int64_t x) { return x * g.stride_w - g.left; };
       const auto tile = [&](int64_t x) { return sums + (x - begin) * Vec::size; };
       const auto border = [&](int64_t x) {
