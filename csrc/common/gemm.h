@@ -112,6 +112,7 @@ struct Target {
   float least = 0.0f, most = 0.0f;
 };
 
+// The same value for every channel of a tile.
 struct Constants {
   float values[kTileChannels];
   explicit Constants(float value) {
