@@ -258,6 +258,7 @@ def build_cuda(
     torch_missing: str,
     root: Path = ROOT,
     work_dir: Path | None = None,
+    environ: Mapping[str, str] = os.environ,
 ) -> dict[str, Any]:
     """Compiles and links the CUDA library, as :func:`build_cpu` does the CPU's.
 
@@ -271,7 +272,7 @@ def build_cuda(
     compiler = cxx_compiler()
     nvcc = find_nvcc()
     assert torch is not None and nvcc is not None
-    architectures = cuda_architectures(nvcc)
+    architectures = cuda_architectures(nvcc, environ)
     flags = (
         *("-ccbin", compiler.command[-1], KERNEL_STANDARD),
         *NVCC_FLAGS,

@@ -21,7 +21,7 @@ def test_peers_end_in_a_table_with_the_control(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "out.json"
-    arguments = ["peers", "--models", "mobilenet_v2@32", "--batch", "1,2", "--rounds", "1"]
+    arguments = ["peers", "--models", "mobilenet_v2@32", "--batch", "1,2", "--rounds", "7"]
     arguments += ["--providers", "eager,accelerate,freeze", "--budget-s", "1"]
     assert main([*arguments, "--json", str(file)]) == 0
     printed = capsys.readouterr().out

@@ -1,13 +1,18 @@
 """What nvcc makes of the kernels, read from the library that is shipped.
 
-``library()`` builds the CUDA library (with the installation's own build, for A100, H100, B200 and
-what comes later); ``kernels`` lists every kernel in it with its registers, memory and
-instructions; ``promises`` reads what the kernels' files promise:
+``library()`` builds the CUDA library with the installation's own build; ``kernels`` lists every
+kernel in it with its registers, memory and instructions; ``promises`` reads what the kernels' files
+promise:
 
     // promise: NAME threads 256, shared 0, warps 32, loads 16, stores 16, tensor cores
 
 NAME is a pattern for the kernel's name with its template arguments, of which the first that fits
 counts; the rest is said at :class:`Promise`.
+
+Compiling for A100, H100, B200 and what comes later takes minutes and gives the same result until
+a kernel, a promise or nvcc changes. ``compiled.txt`` holds a digest of everything that the result
+follows from. Where it fits, ``library()`` is compiled for H100 alone; ``python -m
+tests.cuda.compiled`` compiles for all, checks all and records the digest.
 """
 
 from __future__ import annotations
@@ -29,6 +34,7 @@ _SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024, 120: 100 * 1024}
 _MOST_WARPS = {80: 64, 90: 64, 100: 64, 120: 48}
 _MOST_BLOCKS = {80: 32, 90: 32, 100: 32, 120: 24}
 CHECKED = (80, 90, 100)  # compute capabilities whose warps are promised
+_RECORD = Path(__file__).with_name("compiled.txt")
 
 
 @dataclass(frozen=True)
@@ -99,17 +105,53 @@ def _width(modifiers: str) -> int:
     return 4
 
 
-@functools.cache
+def digest() -> str:
+    """Of all that decides whether the kernels are as promised."""
+    nvcc = locate.find_nvcc()
+    version = native.nvcc_version(nvcc) if nvcc else None
+    flags = (*native.NVCC_FLAGS, native.KERNEL_STANDARD, *native.CUDA_ARCHITECTURES)
+    csrc = native.ROOT / "csrc"
+    sources = sorted({*csrc.glob("*/cuda*"), *csrc.glob("common/*.h"), Path(__file__)})
+    return native.digest(str(version), *flags, *(path.read_bytes() for path in sources))
+
+
+def recorded() -> bool:
+    """Whether these kernels were compiled for all architectures and found as promised."""
+    return native.read_text(_RECORD).strip() == digest()
+
+
 def library() -> Path:
-    """The CUDA library, built as an installation builds it, as far as anything changed."""
+    """The CUDA library, built as an installation builds it, as far as anything changed.
+
+    For H100 alone where the rest is :func:`recorded`.
+    """
+    return _library("9.0" if recorded() else "")
+
+
+@functools.cache
+def _library(architectures: str) -> Path:
     torch, missing = locate.find_torch()
     reason = native.why_no_cuda(torch, missing)
     if reason is not None:
         pytest.skip(reason)
-    target = native.ROOT / "build" / "cuda" / "checked" / native.CUDA_LIBRARY
+    target = native.ROOT / "build" / "cuda" / f"checked{architectures}" / native.CUDA_LIBRARY
     target.parent.mkdir(parents=True, exist_ok=True)
-    native.build_cuda(target, torch, missing)
+    environ = {"TORCH_CUDA_ARCH_LIST": architectures}
+    native.build_cuda(target, torch, missing, environ=environ)
     return target
+
+
+def broken(found: list[Kernel]) -> list[str]:
+    """What is not as promised of these kernels, in words."""
+    result = []
+    for kernel in found:
+        promise = promise_of(kernel, promises())
+        if kernel.capability in CHECKED:
+            wrong = ["nothing is promised"] if promise is None else kernel.wrong(promise)
+        else:
+            wrong = ["local memory"] if kernel.local else []
+        result += [f"{kernel.name} on sm_{kernel.capability}: {words}" for words in wrong]
+    return result
 
 
 @functools.cache
@@ -197,3 +239,16 @@ def read_promises(text: str) -> Iterator[Promise]:
 
 def promise_of(kernel: Kernel, among: list[Promise]) -> Promise | None:
     return next((p for p in among if re.fullmatch(p.name, kernel.name)), None)
+
+
+def record() -> None:
+    """Compile for all architectures and note that all kernels are as promised, if they are."""
+    found = kernels(_library(""))
+    wrong = broken(found)
+    if wrong or not {kernel.capability for kernel in found} > set(CHECKED):
+        raise SystemExit("\n".join(wrong) or "not compiled for all architectures")
+    _RECORD.write_text(digest() + "\n")
+
+
+if __name__ == "__main__":
+    record()

@@ -6,7 +6,9 @@ the only place where the NEON kernels run unless this machine has them.
 
 from __future__ import annotations
 
+import os
 import platform
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterable
@@ -24,33 +26,23 @@ DRIVER = native.Unit(
 )
 
 
-def build(
-    compiler: Iterable[str], machine: str, work_dir: Path, release: str = "", static: bool = False
-) -> Path:
-    """The driver with every kernel of `machine`: at -O1, but the instruction set `release` with
-    the flags of a release and without warnings."""
-    units = [
-        unit
-        for unit in native.translation_units(native.ROOT, native.ISA_FLAGS[machine])
-        if unit.label != "bindings"
-    ]
-
-    def compile_unit(unit: native.Unit) -> Path:
-        target = work_dir / unit.object_name
-        flags = [*native.COMMON_FLAGS, *unit.flags, "-Icsrc"]
-        if unit.label != release:
-            flags += ["-O1", "-w"]  # gcc 12's own AVX-512 header has warnings at -O1
-        else:
-            flags.append("-Werror")
-        run([*compiler, *flags, "-c", str(unit.source), "-o", str(target)])
-        return target
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_unit, [DRIVER, *units]))
+def link(compiler: Iterable[str], objects: Iterable[Path], work_dir: Path, *flags: str) -> Path:
+    """The driver with these kernels."""
     program = work_dir / "isa_parity"
-    link = ["-static"] if static else []
-    run([*compiler, *link, *map(str, objects), "-o", str(program)])
+    run([*compiler, *flags, *map(str, objects), "-o", str(program)])
     return program
+
+
+def compile_unit(compiler: Iterable[str], unit: native.Unit, work_dir: Path, *flags: str) -> Path:
+    target = work_dir / unit.object_name
+    flags = (*native.COMMON_FLAGS, *unit.flags, "-Icsrc", *flags)
+    run([*compiler, *flags, "-c", str(unit.source), "-o", str(target)])
+    return target
+
+
+def kernels_of(machine: str) -> list[native.Unit]:
+    units = native.translation_units(native.ROOT, native.ISA_FLAGS[machine])
+    return [unit for unit in units if unit.label != "bindings"]
 
 
 def run(command: list[str]) -> str:
@@ -73,12 +65,23 @@ OPS = {path.parent.name for path in native.ROOT.glob("csrc/*/cpu.cpp")} - {"bind
 
 def test_this_machine(tmp_path: Path) -> None:
     compiler, reason = locate.find_compiler()
-    if compiler is None:
-        pytest.skip(reason)
+    torch, missing = locate.find_torch()
+    if compiler is None or torch is None:
+        pytest.skip(reason or missing)
     machine = platform.machine()
     if machine not in native.ISA_FLAGS:
         pytest.skip(f"no instruction sets are known for {machine}")
-    ran = ops_run(run([str(build(compiler.command, machine, tmp_path))]))
+    # The objects of the library that is installed, compiled as far as anything changed.
+    installed = native.ROOT / "build" / "native"
+    installed.mkdir(parents=True, exist_ok=True)
+    common = (*native.COMMON_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")))
+    with native.locked(installed):
+        objects = native.compile_units(
+            kernels_of(machine), common, compiler, torch, native.ROOT, installed
+        )
+        objects.append(compile_unit(compiler.command, DRIVER, tmp_path))
+        program = link(compiler.command, objects, tmp_path)
+    ran = ops_run(run([str(program)]))
     assert "portable" in ran
     assert set(ran) <= set(native.ISA_FLAGS[machine])
     assert all(ops >= OPS for ops in ran.values())
@@ -90,7 +93,14 @@ def test_neon(tmp_path: Path) -> None:
     for tool in (compiler, emulator):
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is not installed (g++-aarch64-linux-gnu, qemu-user)")
-    program = build([compiler], "aarch64", tmp_path, release="neon", static=True)
-    ran = ops_run(run([emulator, str(program)]))
+
+    def compiled(unit: native.Unit) -> Path:
+        # As in a release, but for what is no NEON: that is only compiled.
+        flags = ["-Werror"] if unit.label == "neon" else ["-O1", "-w"]
+        return compile_unit([compiler], unit, tmp_path, *flags)
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compiled, [DRIVER, *kernels_of("aarch64")]))
+    ran = ops_run(run([emulator, str(link([compiler], objects, tmp_path, "-static"))]))
     assert set(ran) == {"portable", "neon"}
     assert all(ops >= OPS for ops in ran.values())
