@@ -86,6 +86,7 @@ class Operator:
 
     name: str
     overload: torch._ops.OpOverload
+    shape_rule: Callable[..., Any]  # (arguments) -> outputs of the right shapes, not computed
     implementations: dict[str, Implementation] = field(default_factory=dict)
     cuda: Implementation | None = None  # the native backend's on a GPU
 
@@ -225,7 +226,7 @@ def define(
         name: the op's one name.
         schema: argument and result types in PyTorch's schema language; no defaults.
         reference: the op in plain, differentiable PyTorch.
-        fake: the shape rule, called with fake tensors.
+        fake: the shape rule, called with fake tensors, and with real ones for empty outputs.
         native: the compiled implementation on a CPU, None if there is none.
         backward: the gradient formula ``(arguments, needed, saved, gradients) -> tuple``, or None
             to differentiate ``reference`` (recomputing it in the backward pass). ``saved`` are the
@@ -234,7 +235,7 @@ def define(
     """
     _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     overload = getattr(torch.ops.effkernels, name).default
-    operator = Operator(name, overload)
+    operator = Operator(name, overload, fake)
     operator.implementations["reference"] = Implementation(lambda *_: None, reference)
     if native is not None:
         operator.implementations["native"] = native

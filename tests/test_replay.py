@@ -541,6 +541,10 @@ def test_recording_computes_only_what_is_asked_for() -> None:
     replay = _rehearse(lambda x: seen.append(a(x)) or seen[-1].relu(), x)
     assert replay is not None and not seen[0].any()  # zeros for a convolution that nobody looks at
     assert torch.allclose(replay(x), a(x).relu(), atol=1e-5)
+    block = ek.MBConv(8, 8, kernel_size=3).eval()
+    replay = _rehearse(lambda x: seen.append(block(x)) or seen[-1] * 1, x)
+    assert replay is not None and not seen[1].any()
+    assert torch.equal(replay(x), block(x)) and block(x).any()
     assert _rehearse(network, x) is None
     frozen = ek.freeze(network)
     frozen.model.calls = 0
