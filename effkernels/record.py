@@ -52,6 +52,7 @@ _RESHAPES = (
     aten.alias.default,
     aten.detach.default,
 )
+_CONV2D_DEFAULTS = (None, None, None, [1, 1], [0, 0], [1, 1], 1)
 # What to call instead: a replay's tensors are not changed, and may have another memory format.
 _FUNCTIONAL = {
     aten.add_.Tensor: aten.add.Tensor,
@@ -96,16 +97,16 @@ def record(
 
 
 def _rehearse(function: Callable[[Tensor], Any], input: Tensor) -> Replay | None:
-    """A replay of ``function`` without its large results: the first call of torchvision's
-    EfficientNet-B0 took 56 ms, 17 of them for values that nobody saw; of this library's 24 and 6.
-    None: it has to be recorded as it really runs.
+    """A replay of ``function`` without its large results, whose values nobody looks at: they were
+    17 of the 56 ms of the first call of torchvision's EfficientNet-B0, and zeros in their place 5
+    of 26. None: it has to be recorded as it really runs.
     """
     recorder = Recorder(input, compute=False)
     try:
         with recorder:
             output = function(input)
         return recorder.finish(output)
-    except Exception:  # of zeros, perhaps, and not of the values themselves
+    except Exception:  # of those values, perhaps, and not of the real ones
         return None
 
 
@@ -113,7 +114,7 @@ class _Notes:
     """The ops of one forward pass on ``input``.
 
     ``names``: what the tensors of these ids are called, for the steps' ``covers``.
-    ``compute``: False if zeros will do as results of convolutions and activations.
+    ``compute``: False if any values will do as results of what takes long.
 
     Apart from :class:`Recorder` because TorchDispatchMode wraps what its subclasses define, to hide
     it from torch.compile, and the first call through that wrapper imports the compiler: a second.
@@ -143,13 +144,17 @@ class _Notes:
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if torch.is_inference_mode_enabled():
+        if func is aten.conv2d.default and args[0].dim() == 4:
+            # What it is made of, without the way there.
+            given = (*args, *_CONV2D_DEFAULTS[len(args) :])
+            func, args = aten.convolution.default, (*given[:6], False, [0, 0], given[6])
+        elif torch.is_inference_mode_enabled():
             # Ops made of others (linear, dropout) come whole.
             with self:  # type: ignore[attr-defined]
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        result = None if self._compute else self._zeros(func, args)
+        result = None if self._compute else self._placeholder(func, args)
         if result is None:
             result = func(*args, **kwargs)
         if self._reason is None:
@@ -162,22 +167,35 @@ class _Notes:
                 self._attribute(func, (args, kwargs), result, self.steps[noted:])
         return result
 
-    def _zeros(self, func: Any, args: tuple[Any, ...]) -> Any:
-        """Tensors like the result of an expensive op on a value, None for any other op."""
-        if func in _ACTIVATIONS and self._find(args[0]) is not None:
-            return args[0] if func._schema.is_mutable else torch.zeros_like(args[0])
-        operator = self._ours(func, args)
-        if operator is not None and self._find(args[0]) is not None:
-            return tree_map(Tensor.zero_, operator.shape_rule(*args))
-        if func is not aten.convolution.default or self._find(args[0]) is None:
+    def _placeholder(self, func: Any, args: tuple[Any, ...]) -> Any:
+        """Tensors like the results of an expensive op on a value, but empty: nothing of their
+        memory is ever touched. None for any other op."""
+        if not args or self._find(args[0]) is None:
             return None
-        x, weight, _, *geometry, transposed, _, _ = args
-        if x.dim() != 4 or transposed:
+        x = args[0]
+        if func in _ACTIVATIONS:
+            return x if func._schema.is_mutable else torch.empty_like(x)
+        operator = self._ours(func, args)
+        if operator is not None:
+            return operator.shape_rule(*args)
+        if x.dim() != 4:
+            return None
+        if func is aten.mean.dim and args[1:] in (([-1, -2], True), ([2, 3], True)):
+            return x.new_empty(*x.shape[:2], 1, 1)
+        if func in (aten.add.Tensor, aten.mul.Tensor) and self._find(args[1]) is not None:
+            larger, other = sorted(args[:2], key=Tensor.numel, reverse=True)
+            alike = other.shape == larger.shape and other.stride() == larger.stride()
+            scales = other.shape == (*larger.shape[:2], 1, 1)
+            return torch.empty_like(larger) if alike or scales else None
+        if func is not aten.convolution.default:
+            return None
+        _, weight, _, *geometry, transposed, _, _ = args
+        if transposed:
             return None
         size = output_size(x.shape[2:], weight.shape[2:], *_in_pairs(*geometry))
         if x.is_contiguous() and weight.is_contiguous():
-            return x.new_zeros(x.shape[0], weight.shape[0], *size)
-        return x.new_zeros(x.shape[0], *size, weight.shape[0]).permute(0, 3, 1, 2)
+            return x.new_empty(x.shape[0], weight.shape[0], *size)
+        return x.new_empty(x.shape[0], *size, weight.shape[0]).permute(0, 3, 1, 2)
 
     def finish(self, output: Any) -> Replay:
         """How to get ``output``, the result of the forward pass, for another input.

@@ -10,7 +10,7 @@ import sys
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -534,17 +534,41 @@ class Looks(nn.Module):
         return y
 
 
+@pytest.fixture
+def _empty_is_nan() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def pooled(x: Tensor) -> Tensor:
+    scale = nn.functional.adaptive_avg_pool2d(x, 1).sigmoid()
+    return nn.functional.silu(x) * scale + x
+
+
 @torch.no_grad()
-def test_recording_computes_only_what_is_asked_for() -> None:
-    x, seen = torch.randn(1, 8, 6, 6), []
-    a, network = conv(), Looks()
-    replay = _rehearse(lambda x: seen.append(a(x)) or seen[-1].relu(), x)
-    assert replay is not None and not seen[0].any()  # zeros for a convolution that nobody looks at
-    assert torch.allclose(replay(x), a(x).relu(), atol=1e-5)
+@pytest.mark.usefixtures("_empty_is_nan")
+@pytest.mark.parametrize("inference", [False, True], ids=["no_grad", "inference_mode"])
+def test_recording_computes_only_what_is_asked_for(inference: bool) -> None:
+    x, network = torch.randn(1, 8, 6, 6), Looks()
+    convolution, permuted = conv(), conv().to(memory_format=torch.channels_last)
     block = ek.MBConv(8, 8, kernel_size=3).eval()
-    replay = _rehearse(lambda x: seen.append(block(x)) or seen[-1] * 1, x)
-    assert replay is not None and not seen[1].any()
-    assert torch.equal(replay(x), block(x)) and block(x).any()
+    for function in (convolution, permuted, block, lambda x: pooled(convolution(x))):
+        for image in (x, x.to(memory_format=torch.channels_last)):
+            seen: list[Tensor] = []
+
+            def watched(
+                image: Tensor, function: Callable[..., Any] = function, seen: Any = seen
+            ) -> Tensor:
+                seen.append(function(image))
+                return seen[-1].relu()
+
+            with torch.inference_mode(inference):
+                replay = _rehearse(watched, image)
+                due = function(image)
+                assert replay is not None and seen[0].isnan().all()  # nobody looked at it
+                assert seen[0].shape == due.shape and seen[0].stride() == due.stride()
+                assert torch.allclose(replay(image), due.relu(), atol=1e-5)
     assert _rehearse(network, x) is None
     frozen = ek.freeze(network)
     frozen.model.calls = 0

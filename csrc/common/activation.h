@@ -13,7 +13,8 @@
 //   no clamps, the first for large |x|                                          0.221  0.245
 //   that with a Newton reciprocal                                               0.255  0.299
 // On Zen 5 (avx512): polynomial 0.113, that with a Newton reciprocal 0.147, 2^(j / 16) from a
-// register by vpermps and degree 3 0.088, the same with vscalefps for the exponent 0.092.
+// register by vpermps and degree 3 0.088, the same with vscalefps for the exponent 0.092; two
+// vectors side by side made no difference to EfficientNet-B0.
 // On a Xeon (avx512, avx2): 0.220 0.254; a Newton reciprocal 0.222; one check for two vectors 0.190
 // 0.248, which made EfficientNet-B0 no faster (6.83 -> 6.88 ms); vscalefps for the exponent and one
 // constant for ln 2, two operations fewer, 0.193 -> 0.168. Limits on x in place of the check are no

@@ -40,7 +40,7 @@ _FLAGS = (
     "-DEFFKERNELS_EMULATED",
 )
 _WARNINGS = ("-Wall", "-Wextra", "-Wno-unknown-pragmas")
-_SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+_SANITIZE = native.SANITIZE_FLAGS
 _RACES = ("-fsanitize=thread",)  # only its hooks, which emulation.cpp has
 
 Mistake = tuple[str, str, str]  # a file below csrc/, text in it, text in its place
