@@ -154,7 +154,7 @@ class _Notes:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        result = None if self._compute else self._placeholder(func, args)
+        result = None if self._compute or kwargs else self._placeholder(func, args)
         if result is None:
             result = func(*args, **kwargs)
         if self._reason is None:
@@ -186,7 +186,8 @@ class _Notes:
             larger, other = sorted(args[:2], key=Tensor.numel, reverse=True)
             alike = other.shape == larger.shape and other.stride() == larger.stride()
             scales = other.shape == (*larger.shape[:2], 1, 1)
-            return torch.empty_like(larger) if alike or scales else None
+            fits = other.dtype == larger.dtype and (alike or scales)
+            return torch.empty_like(larger) if fits else None
         if func is not aten.convolution.default:
             return None
         _, weight, _, *geometry, transposed, _, _ = args
