@@ -225,9 +225,9 @@ def build_cpu(
     if not units:
         raise BuildError("no sources in csrc/")
 
-    common = COMMON_FLAGS
+    common = common_flags()
     if sanitize:
-        common = (*COMMON_FLAGS, *SANITIZE_FLAGS)
+        common = common_flags(*SANITIZE_FLAGS)
         # Nothing is found in kernels that cannot run here, and they take the longest to compile.
         units = [
             unit
@@ -235,7 +235,6 @@ def build_cpu(
             else replace(unit, flags=(*unit.flags, "-fno-sanitize=all"))
             for unit in units
         ]
-    common = (*common, *shlex.split(os.environ.get("CXXFLAGS", "")))
     work_dir = work_dir or root / "build" / ("native-asan" if sanitize else "native")
     tail = ["-ltorch_cpu"]
     if not sanitize:
@@ -290,7 +289,7 @@ def build_cuda(
         return sum(path.stat().st_size for path in (root / unit.source).parent.glob("cuda*"))
 
     units.sort(key=size, reverse=True)
-    common = (*COMMON_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")))
+    common = common_flags()
     tail = [
         *(f"-L{directory}" for directory in nvcc_libraries(nvcc)),
         *("-lcudart", "-ltorch_cpu", "-ltorch_cuda"),
@@ -306,6 +305,11 @@ def build_cuda(
         "architectures": architectures,
         "translation_units": len(units),
     }
+
+
+def common_flags(*more: str) -> tuple[str, ...]:
+    """Flags of every compilation: the library's, ``more``, and last the user's CXXFLAGS."""
+    return (*COMMON_FLAGS, *more, *shlex.split(os.environ.get("CXXFLAGS", "")))
 
 
 def cxx_compiler() -> Compiler:

@@ -6,9 +6,7 @@ the only place where the NEON kernels run unless this machine has them.
 
 from __future__ import annotations
 
-import os
 import platform
-import shlex
 import shutil
 import subprocess
 from collections.abc import Iterable
@@ -74,10 +72,9 @@ def test_this_machine(tmp_path: Path) -> None:
     # The objects of the library that is installed, compiled as far as anything changed.
     installed = native.ROOT / "build" / "native"
     installed.mkdir(parents=True, exist_ok=True)
-    common = (*native.COMMON_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")))
     with native.locked(installed):
         objects = native.compile_units(
-            kernels_of(machine), common, compiler, torch, native.ROOT, installed
+            kernels_of(machine), native.common_flags(), compiler, torch, native.ROOT, installed
         )
         objects.append(compile_unit(compiler.command, DRIVER, tmp_path))
         program = link(compiler.command, objects, tmp_path)
