@@ -7,6 +7,7 @@ only. Packed weights have one layout for every instruction set.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,17 +37,19 @@ _ACTIVATION_CODES = {
 }
 
 
+_OVERRIDE = os.environ.get("EFFKERNELS_LIBRARY")
+_PATH = Path(_OVERRIDE or Path(__file__).with_name("_cpu.so"))
+
+
 def _load() -> str | None:
     """Load the library; None, or why there is none."""
-    override = os.environ.get("EFFKERNELS_LIBRARY")
-    path = Path(override or Path(__file__).with_name("_cpu.so"))
-    if not path.exists():
-        reason = f"{path} is missing" if override else why_not_built("cpu")
+    if not _PATH.exists():
+        reason = f"{_PATH} is missing" if _OVERRIDE else why_not_built("cpu")
         return f"the CPU kernels were not built: {reason}"
     try:
-        torch.ops.load_library(str(path))
+        torch.ops.load_library(str(_PATH))
     except (OSError, RuntimeError) as error:
-        return f"{path} cannot be loaded: {error}"
+        return f"{_PATH} cannot be loaded: {error}"
     wanted = os.environ.get("EFFKERNELS_CPU_ISA")
     if wanted:
         set_cpu_isa(wanted)
@@ -56,6 +59,11 @@ def _load() -> str | None:
 def load_error() -> str | None:
     """Why the compiled kernels cannot be used in this process, or None if they can."""
     return _error
+
+
+def with_interpreter_lock() -> ctypes.PyDLL | None:
+    """The library's functions that look at Python objects (csrc/bindings/snapshot.cpp)."""
+    return None if _error else ctypes.PyDLL(str(_PATH))
 
 
 def cpu_isas() -> list[str]:

@@ -4,14 +4,12 @@ Finding out what a block's children are, checking and packing their tensors cost
 call itself: more than a millisecond per EfficientNet-B0 image, against five of arithmetic. A
 :class:`Plan` keeps the recorded forward pass (:mod:`effkernels.program`), and before every later
 call makes sure that nothing which led to it has changed: children, parameters and their contents,
-modes, hooks. That takes about 5 µs for a block, and 40 µs when the kernels in between have swept
-Python's data out of the caches, so the check runs in C loops over few, dense tuples.
+modes, hooks (:mod:`effkernels.modules.snapshot`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from operator import is_
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from ..kernels import kernels_for
 from ..program import Replay
 from ..record import record
 from .hooks import has_global_hooks
+from .snapshot import Entry, Snapshot
 
 # Attributes of modules that decide what they compute and that a user may set.
 _WATCHED = (
@@ -44,9 +43,6 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")  # without gradients the other
 
 _MOST_PLANS = 8  # per module; a network that sees many sizes should not collect them all
 
-_data_ptr = torch.Tensor.data_ptr
-_version = torch.Tensor._version.__get__  # type: ignore[attr-defined]
-
 
 class Plan:
     """``run``, valid for as long as ``owner`` stays what it is.
@@ -58,32 +54,14 @@ class Plan:
         run: gives the output of a call; None if ``owner`` has to run as it is.
     """
 
-    __slots__ = (
-        "_children",
-        "_classes",
-        "_counts",
-        "_generation",
-        "_hook_counts",
-        "_hooks",
-        "_kept",
-        "_names",
-        "_pointers",
-        "_tables",
-        "_tensors",
-        "_values",
-        "_versions",
-        "_modules",
-        "run",
-    )
+    __slots__ = ("_classes", "_generation", "_hooks", "_modules", "_snapshot", "run")
 
     def __init__(self, owner: nn.Module) -> None:
         self.run: Replay | None = None
         self._modules = modules = tuple(owner.modules())
         self._classes = tuple(map(type, modules))
         self._generation = generation()
-        self._children = tuple(m._modules for m in modules if m._modules)
-        self._counts = tuple(map(len, self._children))
-        entries: list[tuple[dict[str, Any], str, Any]] = []
+        entries: list[Entry] = []
         tensors: list[Tensor] = []
         for module in modules:
             state = module.__dict__
@@ -103,32 +81,23 @@ class Plan:
                     entries.append((table, name, tensor))
                     if tensor is not None:
                         tensors.append(tensor)
-        self._tables, self._names, self._values = zip(*entries, strict=True)
         # The owner's own hooks run around its forward.
-        self._hooks = tuple(m.__dict__[name] for m in modules if m is not owner for name in _HOOKS)
-        self._hook_counts = tuple(map(len, self._hooks))
-        self._tensors = tuple(tensors)
-        self._pointers = tuple(map(_data_ptr, tensors))
-        self._versions = tuple(map(_version, tensors))
-        # Keeps a replaced memory from being handed out again at the same address.
-        self._kept = tuple(tensor.untyped_storage() for tensor in tensors)
+        self._hooks = [m.__dict__[name] for m in modules if m is not owner for name in _HOOKS]
+        children = [m._modules for m in modules if m._modules]
+        self._snapshot = Snapshot(entries, children + self._hooks, tensors)
 
     def valid(self, owner: nn.Module) -> bool:
         """Whether ``owner`` is still what the plan was made from."""
         return (
             self._modules[0] is owner  # a shallow copy has its plans, and children of its own
             and self._generation == generation()
-            and tuple(map(len, self._children)) == self._counts
-            and all(map(is_, map(dict.get, self._tables, self._names), self._values))
-            and tuple(map(_version, self._tensors)) == self._versions
-            and tuple(map(_data_ptr, self._tensors)) == self._pointers
-            and tuple(map(len, self._hooks)) == self._hook_counts
+            and self._snapshot.holds()
             and tuple(map(type, self._modules)) == self._classes
         )
 
     def watched(self) -> bool:
         """Somebody wants to see a module in ``owner`` being called."""
-        return any(self._hook_counts)
+        return any(self._hooks)
 
 
 def is_observed(input: Tensor) -> bool:
