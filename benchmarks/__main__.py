@@ -232,6 +232,16 @@ def _campaign(parsed: argparse.Namespace) -> int:
 
 
 def _report(parsed: argparse.Namespace) -> int:
+    from .campaign import readme
+
+    campaign = readme.load(parsed.results)
+    if campaign is not None:
+        section = readme.markdown(campaign)
+        if parsed.readme is None:
+            print(section)
+        else:
+            report.update_readme(parsed.readme, section, readme.BEGIN, readme.END)
+        return 0
     results = Results({})
     results.header, results.records, results.limits = load(parsed.results)
     section = report.markdown(results, limits.read_limits(TARGETS / "cpu-limits.csv"))
@@ -362,8 +372,13 @@ def _parser() -> argparse.ArgumentParser:
         "--gpu", choices=list(gpus.GPUS), default="h100", help="with --dry-run: whose floors"
     )
     command.set_defaults(run=_campaign)
-    command = commands.add_parser("report", help="the README's table from a results file")
-    command.add_argument("results", type=Path, metavar="RESULTS.json")
+    command = commands.add_parser("report", help="the README's tables from a results file")
+    command.add_argument(
+        "results",
+        type=Path,
+        metavar="RESULTS.json",
+        help="a suite's, or a campaign's gpu-NAME.json",
+    )
     command.add_argument("--readme", type=Path, help="write it there, between the markers")
     command.set_defaults(run=_report)
     study.add_parsers(commands)

@@ -186,18 +186,24 @@ def markdown(results: Results, limits: Sequence[Limit] = ()) -> str:
     return "\n\n".join(parts)
 
 
-def update_readme(path: Path, section: str) -> None:
+def update_readme(
+    path: Path, section: str, begin: str = README_BEGIN, end: str = README_END
+) -> None:
     """Put ``section`` between the markers of ``path``.
+
+    Where other markers than the first section's are not there yet, they come behind it.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if the markers are not in it, in order and once.
     """
     text = path.read_text()
-    before, begin, rest = text.partition(README_BEGIN)
-    _, end, after = rest.partition(README_END)
-    if not begin or not end or README_BEGIN in after or README_END in after:
-        raise ValueError(f"{path}: {README_BEGIN} and {README_END} are wanted, once each")
+    if begin not in text and end not in text and text.count(README_END) == 1:
+        text = text.replace(README_END, f"{README_END}\n\n{begin}\n{end}")
+    before, found_begin, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end or begin in after or end in after:
+        raise ValueError(f"{path}: {begin} and {end} are wanted, once each")
     path.write_text(f"{before}{begin}\n{section}\n{end}{after}")
 
 
