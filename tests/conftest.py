@@ -22,23 +22,33 @@ settings.register_profile("default", max_examples=25, **_COMMON)
 settings.register_profile("ci", max_examples=50, derandomize=True, **_COMMON)
 # AddressSanitizer runs several times slower: fewer examples, and of a test's cases one in five.
 settings.register_profile("asan", max_examples=10, derandomize=True, **_COMMON)
+# Compute Sanitizer runs slower still: hardly any.
+settings.register_profile("first", max_examples=2, derandomize=True, **_COMMON)
 _PROFILE = os.environ.get("EFFKERNELS_HYPOTHESIS_PROFILE", "default")
 settings.load_profile(_PROFILE)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under AddressSanitizer: of every test the first case and a fifth of the others, by name."""
-    if _PROFILE != "asan":
+    """Under a sanitizer: of every test the first case and some others.
+
+    ``asan``: a fifth of them, by name. ``first``: the first one in bfloat16; these come last.
+    """
+    if _PROFILE not in ("asan", "first"):
         return
-    seen: set[str] = set()
-    kept, left = [], []
+    seen: set[tuple[str, bool]] = set()
+    first, others, left = [], [], []
     for item in items:
-        test = item.nodeid.partition("[")[0]
-        chosen = test not in seen or zlib.crc32(item.nodeid.encode()) % 5 == 0
-        (kept if chosen else left).append(item)
-        seen.add(test)
+        test, _, case = item.nodeid.partition("[")
+        bfloat16 = "bfloat16" in case
+        if _PROFILE == "asan":
+            chosen = zlib.crc32(item.nodeid.encode()) % 5 == 0
+        else:
+            chosen = bfloat16 and (test, True) not in seen
+        is_first = not seen & {(test, False), (test, True)}
+        (first if is_first else others if chosen else left).append(item)
+        seen.add((test, bfloat16))
     config.hook.pytest_deselected(items=left)
-    items[:] = kept
+    items[:] = [*first, *others]
 
 
 @pytest.fixture(autouse=True)

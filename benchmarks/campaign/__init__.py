@@ -21,7 +21,7 @@ from typing import Any
 
 from .. import machine
 from ..gpus import Rates
-from . import device, layers, models, report
+from . import counters, device, layers, models, report, sanitizer
 from .plan import STAGES, Plan
 from .worker import InProcess, Row, Worker
 
@@ -122,7 +122,8 @@ class Campaign:
             again: also those whose results are complete.
 
         Returns:
-            1 if the parity tests are known to fail, or could not be run to their end; else 0.
+            1 if the parity tests are known to fail, or could not be run to their end, or if they
+            failed under a sanitizer; else 0.
         """
         try:
             if "build" in stages:
@@ -136,7 +137,8 @@ class Campaign:
         finally:
             self._worker.close()
         parity = self.load("parity")
-        return 1 if parity.content and not parity.content["ok"] else 0
+        failed = parity.content and not parity.content["ok"]
+        return 1 if failed or self.load("sanitizer").failures else 0
 
     def say(self, text: str) -> None:
         """A line for whoever watches."""
@@ -190,6 +192,10 @@ class Campaign:
         start = time.monotonic()
         if stage == "parity":
             self._parity(file, allowed_s)
+        elif stage == "sanitizer":
+            self._sanitizer(file, allowed_s)
+        elif stage == "counters":
+            self._counters(file, allowed_s)
         elif stage == "summary":
             self._summary(file)
         else:
@@ -304,6 +310,69 @@ class Campaign:
         self.say(f"parity: {counts or 'nothing ran'} {file.content['reason'] or 'all right'}")
         for test in file.content["failed"][:20]:
             self.say(f"    {test}")
+
+    def _sanitizer(self, file: StageFile, allowed_s: float) -> None:
+        wanted = bool(self.plan.sanitized)
+        if not self._has_tool("sanitizer", sanitizer.TOOL, wanted, file):
+            return
+        found = {row["task"]: row for row in file.rows if row["ok"] is not None}
+        end = time.monotonic() + allowed_s
+        todo = [tool for tool in sanitizer.TOOLS if tool not in found]
+        self.say(f"sanitizer: {' and '.join(todo)}, {allowed_s:.0f} s")
+        for index, tool in enumerate(todo):
+            limit = (end - time.monotonic()) / (len(todo) - index)
+            if limit < sanitizer.LEAST_S:
+                break
+            row = sanitizer.check(tool, self.plan.sanitized, self.out, limit, self._variables())
+            found[tool] = {"task": tool, **row}
+            self.say(f"sanitizer: {tool}: {sanitizer.in_short(row)}")
+            for text in row["reports"]:
+                self.say(f"    {text.partition(chr(10))[0]}")
+        file.rows = [found[tool] for tool in sanitizer.TOOLS if tool in found]
+        file.failures = {row["task"]: row["reason"] for row in file.rows if row["ok"] is False}
+        ended = {row["task"] for row in file.rows if row["ok"] is not None}
+        file.left_out = [tool for tool in sanitizer.TOOLS if tool not in ended]
+        file.complete = not file.left_out
+
+    def _counters(self, file: StageFile, allowed_s: float) -> None:
+        counted = self.plan.counted
+        if not self._has_tool("counters", counters.TOOL, counted is not None, file):
+            return
+        assert counted is not None
+        calls = counters.worst_layers(counted, self.plan.kernels, self.load("kernels").rows)
+        if not calls:
+            file.content["reason"] = "no layer was timed"
+            self.say("counters: the stage kernels has timed no layer")
+            return
+        self.say(f"counters: {len(calls)} layers, {allowed_s:.0f} s")
+        if allowed_s < counters.LEAST_S:
+            file.left_out = [case.name for case, _ in calls]
+            return
+        plan = self.plan
+        job = counters.Job(calls, plan.device, plan.dtype, plan.backends)
+        found = counters.measure(job, self.out, allowed_s, self._variables())
+        file.rows, file.failures = found.pop("rows"), found.pop("failures")
+        file.left_out = found.pop("left_out")
+        file.content |= found
+        file.complete = not file.left_out
+        self.say(f"counters: {len(file.rows)} kernels")
+        for what, why in file.failures.items():
+            self.say(f"    {what}: FAILED: {why}")
+
+    def _has_tool(self, stage: str, tool: str, wanted: bool, file: StageFile) -> bool:
+        """Whether a stage can run; otherwise it is complete, and says why."""
+        path = device.find_tool(tool)
+        reason = "needs a GPU" if not wanted else "" if path else f"{tool} is not there"
+        file.content = {"tool": path, "reason": reason}
+        file.complete = bool(reason)
+        if reason:
+            self.say(f"{stage}: {reason}")
+        return not reason
+
+    def _variables(self) -> dict[str, str]:
+        """The environment of processes that the campaign starts."""
+        changed = {**os.environ, **self._environment}
+        return {name: value for name, value in changed.items() if value is not None}
 
     @contextmanager
     def _precompiling(self) -> Any:

@@ -10,7 +10,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from .timing import Stopwatch
 from .worker import Row
 
 ROOT = Path(__file__).resolve().parents[2]
+CUDA_TOOLS = Path("/usr/local/cuda/bin")  # where they are if not on PATH
 SAMPLES = 30
 SMI_FIELDS = (
     *("name", "driver_version", "vbios_version", "memory.total", "power.limit", "power.draw"),
@@ -31,9 +33,16 @@ SMI_FIELDS = (
 
 
 def run_command(
-    command: list[str], timeout_s: float, environment: dict[str, str] | None = None
+    command: list[str],
+    timeout_s: float,
+    environment: dict[str, str] | None = None,
+    grace_s: float = 0.0,
 ) -> tuple[int | None, str]:
-    """Exit status (None: it was stopped at its time limit) and all that was printed."""
+    """Exit status (None: it was stopped at its time limit) and all that was printed.
+
+    With ``grace_s`` it is interrupted at the limit and killed only after so many more seconds:
+    tools then still say what they found.
+    """
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -49,9 +58,19 @@ def run_command(
         output, _ = process.communicate(timeout=max(timeout_s, 1.0))
         return process.returncode, output
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        if grace_s:
+            os.killpg(process.pid, signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=grace_s)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
         return None, output
+
+
+def find_tool(name: str) -> str | None:
+    """The path of a tool that comes with CUDA."""
+    return shutil.which(name) or shutil.which(name, path=str(CUDA_TOOLS))
 
 
 def build(timeout_s: float) -> dict[str, Any]:
@@ -59,7 +78,6 @@ def build(timeout_s: float) -> dict[str, Any]:
 
     Without build isolation and dependencies: no network is needed.
     """
-    nvcc = shutil.which("nvcc") or ("/usr/local/cuda/bin/nvcc" if _is_there() else None)
     installed = find_spec("effkernels.models") is not None
     command = [sys.executable, "-m", "build_tools"]
     if not installed:
@@ -70,7 +88,7 @@ def build(timeout_s: float) -> dict[str, Any]:
     environment = {**os.environ, "TORCH_CUDA_ARCH_LIST": capability} if capability else None
     code, output = run_command(command, timeout_s, environment)
     return {
-        "nvcc": nvcc,
+        "nvcc": find_tool("nvcc"),
         "architectures": capability,
         "command": " ".join(command[1:]),
         "exit_code": code,
@@ -87,10 +105,6 @@ def _capability() -> str:
     query = [tool, "--query-gpu=compute_cap", "--format=csv,noheader", "--id=0"]
     code, output = run_command(query, 10)
     return output.strip() if code == 0 else ""
-
-
-def _is_there() -> bool:
-    return Path("/usr/local/cuda/bin/nvcc").exists()
 
 
 def environment(device: str) -> Iterator[Row]:
@@ -189,8 +203,7 @@ def parity(arguments: tuple[str, ...], on_gpu: bool, log: Path, timeout_s: float
     if missing:
         reason = f"{' and '.join(missing)} cannot be imported"
         return {"ok": False, "reason": reason, "exit_code": None, "counts": {}, "failed": []}
-    command = [sys.executable, "-m", "pytest", *arguments, "-v", "--tb=short", "--color=no"]
-    command += ["-p", "no:cacheprovider"]
+    command = pytest_command(arguments)
     if on_gpu and find_spec("xdist") is not None:
         # One GPU serves them all; most of the time goes into compiling.
         command += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "worksteal"]
@@ -200,15 +213,10 @@ def parity(arguments: tuple[str, ...], on_gpu: bool, log: Path, timeout_s: float
     start = time.monotonic()
     code, output = run_command(command, timeout_s, environment)
     log.write_text(output)
-    outcomes: dict[str, str] = {}
-    for line in output.splitlines():
-        found = _outcome(line)
-        if found is not None:
-            outcomes.setdefault(*found)
-    counts = {"PASSED": 0, "FAILED": 0, "ERROR": 0, "SKIPPED": 0}
+    outcomes = outcomes_of(output)
+    counts = count(outcomes)
     files: dict[str, dict[str, int]] = {}
     for test, outcome in outcomes.items():
-        counts[outcome] = counts.get(outcome, 0) + 1
         of_file = files.setdefault(test.partition("::")[0], {})
         of_file[outcome] = of_file.get(outcome, 0) + 1
     reason = ""
@@ -227,8 +235,37 @@ def parity(arguments: tuple[str, ...], on_gpu: bool, log: Path, timeout_s: float
         "seconds": time.monotonic() - start,
         "counts": counts,
         "files": files,
-        "failed": [test for test, what in outcomes.items() if what in ("FAILED", "ERROR")],
+        "failed": failed(outcomes),
     }
+
+
+def pytest_command(arguments: Sequence[str]) -> list[str]:
+    """pytest in this Python, a line for every test."""
+    command = [sys.executable, "-m", "pytest", *arguments, "-v", "--tb=short", "--color=no"]
+    return [*command, "-p", "no:cacheprovider"]
+
+
+def outcomes_of(output: str) -> dict[str, str]:
+    """Every test's outcome, from what ``pytest -v`` printed."""
+    outcomes: dict[str, str] = {}
+    for line in output.splitlines():
+        found = _outcome(line)
+        if found is not None:
+            outcomes.setdefault(*found)
+    return outcomes
+
+
+def count(outcomes: Mapping[str, str]) -> dict[str, int]:
+    """How many tests came out how."""
+    counts = {"PASSED": 0, "FAILED": 0, "ERROR": 0, "SKIPPED": 0}
+    for outcome in outcomes.values():
+        counts[outcome] = counts.get(outcome, 0) + 1
+    return counts
+
+
+def failed(outcomes: Mapping[str, str]) -> list[str]:
+    """The tests that did not come out well."""
+    return [test for test, what in outcomes.items() if what in ("FAILED", "ERROR")]
 
 
 def _outcome(line: str) -> tuple[str, str] | None:

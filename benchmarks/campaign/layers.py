@@ -146,14 +146,20 @@ class LayerCase:
         )
 
 
-def distinct_layers(network: str, batch: int) -> list[Layer]:
-    """Every layer and every block of a network, those that move the most bytes first."""
+def layer_counts(network: str) -> dict[Layer, int]:
+    """How often a network has each of its layers and blocks."""
     label = Network.parse(network).label
     found = read_layers(label) if (DIRECTORY / f"{label}.csv").exists() else layers_of(label)
     merged: dict[Layer, int] = {}
     for layer in found:
         plain = replace(layer, count=1, in_block=False)
         merged[plain] = merged.get(plain, 0) + layer.count
+    return merged
+
+
+def distinct_layers(network: str, batch: int) -> list[Layer]:
+    """Every layer and every block of a network, those that move the most bytes first."""
+    merged = layer_counts(network)
     return sorted(merged, key=lambda layer: -merged[layer] * layer.bytes(batch, 1))
 
 
@@ -224,7 +230,7 @@ def measure_layer(
         rates: of the device.
         seconds: for the timing, roughly.
     """
-    tensors = _tensors(case, device, dtype)
+    tensors = tensors_of(case, device, dtype)
     key = Case("kernels", case.label, dtype, case.batch, 1, device)
     itemsize = getattr(torch, dtype).itemsize
     fields = {
@@ -236,7 +242,7 @@ def measure_layer(
     functions: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {EAGER: run}
     if case.compiled and not case.backward:
         functions[COMPILED] = torch.compile(run, dynamic=False)
-    functions |= _ours_by_name(case, backends)
+    functions |= ours_by_name(case, backends)
     errors, notes, calls = _check(case, functions, tensors)
     memory = Memory(device)
     peaks = {}
@@ -276,7 +282,7 @@ def measure_layer(
         )
 
 
-def _ours_by_name(
+def ours_by_name(
     case: LayerCase, backends: Sequence[str]
 ) -> dict[str, Callable[[dict[str, Tensor]], Tensor]]:
     """The providers that are this library."""
@@ -324,7 +330,7 @@ def tune_layer(case: LayerCase, device: str, dtype: str, backend: str) -> Iterat
     """Run a layer where the autotuner may measure; a row with what it decided."""
     from effkernels.triton import tune
 
-    tensors = _tensors(case, device, dtype)
+    tensors = tensors_of(case, device, dtype)
     stopwatch = Stopwatch(device)
     before = tuned_table(device)
     start = time.monotonic()
@@ -332,7 +338,7 @@ def tune_layer(case: LayerCase, device: str, dtype: str, backend: str) -> Iterat
     with tune.tuning(partial(stopwatch.median, seconds=TUNING_S, cold=True)):
         run = partial(_ours, case.layer, backend=backend)
         if case.backward:
-            _gradients(run, tensors)()
+            gradients(run, tensors)()
         else:
             with torch.no_grad():
                 run(tensors)
@@ -364,7 +370,8 @@ def _ours(layer: Subject, tensors: dict[str, Tensor], backend: str) -> Tensor:
         return layer.run(tensors)
 
 
-def _tensors(case: LayerCase, device: str, dtype: str) -> dict[str, Tensor]:
+def tensors_of(case: LayerCase, device: str, dtype: str) -> dict[str, Tensor]:
+    """The case's input and parameters, the same ones every time."""
     torch.manual_seed(0)
     with torch.device(device):
         found = case.layer.tensors(case.batch)
@@ -375,7 +382,7 @@ def _tensors(case: LayerCase, device: str, dtype: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _gradients(
+def gradients(
     function: Callable[[dict[str, Tensor]], Tensor],
     tensors: dict[str, Tensor],
     dtype: torch.dtype | None = None,
@@ -412,7 +419,7 @@ def _check(
             with nullcontext() if case.backward else torch.inference_mode():
                 result = partial(function, tensors)
                 if case.backward:
-                    result = _gradients(function, tensors)
+                    result = gradients(function, tensors)
                 outputs = result()
         except Exception as error:
             notes[name] = in_words(error)
@@ -471,7 +478,7 @@ def _exact_gradients(case: LayerCase, tensors: dict[str, Tensor]) -> tuple[Tenso
     """In float32, or in float64 for float32: weights' gradients sum over the whole batch."""
     dtype = torch.float64 if tensors["input"].dtype == torch.float32 else torch.float32
     leaves = {name: tensor.detach().to(dtype).requires_grad_() for name, tensor in tensors.items()}
-    return _gradients(partial(plain, case.layer), leaves, tensors["input"].dtype)()
+    return gradients(partial(plain, case.layer), leaves, tensors["input"].dtype)()
 
 
 class exactly:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from .counters import Counted
 from .layers import Elementwise, LayerCase, distinct_layers
 from .models import ModelCase
 
 # stage -> its share of the time budget; what a stage leaves over goes to those after it.
 STAGES = {
     "build": 0.06,
-    "ceilings": 0.03,
-    "parity": 0.24,
-    "autotune": 0.15,
-    "kernels": 0.15,
-    "inference": 0.24,
-    "training": 0.12,
+    "ceilings": 0.02,
+    "parity": 0.20,
+    "sanitizer": 0.11,
+    "autotune": 0.13,
+    "kernels": 0.13,
+    "counters": 0.07,
+    "inference": 0.19,
+    "training": 0.08,
     "summary": 0.01,
 }
 # Of B0's heaviest layers: torch.compile takes a second for each.
@@ -38,6 +41,8 @@ class Plan:
         inference, training: networks.
         autotune_layers, autotune_models: what the autotuner sees; models with whether they train.
         precompiled: networks that torch.compile works on beside the parity tests, likewise.
+        sanitized: pytest's arguments under Compute Sanitizer; none: it needs a GPU.
+        counted: the layers that Nsight Compute looks into; None: it needs a GPU.
     """
 
     device: str
@@ -53,6 +58,8 @@ class Plan:
     autotune_layers: tuple[LayerCase, ...]
     autotune_models: tuple[tuple[ModelCase, bool], ...]
     precompiled: tuple[tuple[ModelCase, bool], ...] = ()
+    sanitized: tuple[str, ...] = ()
+    counted: Counted | None = None
 
 
 def layer_cases(
@@ -172,6 +179,15 @@ def full_plan() -> Plan:
             *((main[0], False), (steps[0], True), (main[1], False), (steps[2], True)),
             *((main[3], False), (steps[1], True), (main[2], False), (main[4], False)),
         ),
+        # As `make test-asan`: of what runs on a GPU.
+        sanitized=(
+            "tests/cuda",
+            "--ignore=tests/cuda/test_compiled.py",
+            "--ignore=tests/cuda/test_emulation.py",
+            "-k",
+            "not opcheck and not compile and not mistakes",
+        ),
+        counted=Counted(b0, 256, forward=8, backward=4),
     )
 
 

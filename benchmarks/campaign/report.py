@@ -12,7 +12,7 @@ from tabulate import tabulate
 from ..gpus import Rates
 from ..providers import CONTROL
 from ..records import is_fair
-from . import targets
+from . import counters, sanitizer, targets
 from .plan import STAGES, Plan
 from .worker import Row
 
@@ -70,6 +70,8 @@ def summarize(
         _models("Inference", rows["inference"]),
         _models("Training", rows["training"], training=True),
         _layers(rows["kernels"], rates),
+        _counters(rows["counters"]),
+        _reports(rows["sanitizer"]),
         _failures(stages, plan),
     ]
     content = {
@@ -131,6 +133,8 @@ def dry_run(plan: Plan, rates: Rates) -> str:
         size = 3 * side * side * (2 if dtype in ("bfloat16", "float16") else 4)
         add("ceilings", f"product, {dtype}", size, 2 * side**3, rates.floor_ms(size, 2 * side**3))
     add("parity", "pytest " + " ".join(plan.parity), 0, 0, None)
+    for tool in sanitizer.TOOLS if plan.sanitized else ():
+        add("sanitizer", f"{tool}: pytest " + " ".join(plan.sanitized), 0, 0, None)
     for stage, cases in (("autotune", plan.autotune_layers), ("kernels", plan.kernels)):
         for case in cases:
             floor = case.floor_ms(rates, itemsize)
@@ -141,6 +145,12 @@ def dry_run(plan: Plan, rates: Rates) -> str:
                 name = f"{model.network}, batch {model.batch}"
                 name += ", training" if training else ", freeze"
                 add(stage, name, *model.sizes(itemsize, training), floor)
+    if plan.counted is not None:
+        wanted = (
+            f"the {plan.counted.forward} layers and {plan.counted.backward} backward passes of "
+        )
+        wanted += f"{plan.counted.network}, batch {plan.counted.batch}, that lose the most time"
+        add("counters", wanted, 0, 0, None)
     for stage, networks in (("inference", plan.inference), ("training", plan.training)):
         for model in networks:
             training = stage == "training"
@@ -174,6 +184,10 @@ def _head(stages: Mapping[str, StageFile], rates: Rates, controls: Mapping[str, 
         lines.append(f"Parity: {'ok' if parity['ok'] else 'FAILED'}, {counts} {parity['reason']}")
     else:
         lines.append("Parity: not run.")
+    lines += [f"{row['tool']}: {sanitizer.in_short(row)}" for row in stages["sanitizer"].rows]
+    for stage in ("sanitizer", "counters"):
+        reason = stages[stage].content.get("reason")
+        lines += [f"{stage.capitalize()}: {reason}."] * bool(reason)
     if controls:
         low, high = min(controls.values()), max(controls.values())
         off = sum(not is_fair(ratio) for ratio in controls.values())
@@ -237,6 +251,58 @@ def _layers(rows: Sequence[Row], rates: Rates) -> str:
     if len(lines) > MOST_ROWS:
         title += f" ({MOST_ROWS} of {len(lines)})"
     return _table(title, headers, [cells for _, cells in lines[:MOST_ROWS]])
+
+
+def _counters(rows: Sequence[Row]) -> str:
+    """A line per kernel, and one of all kernels where a layer has several."""
+    calls: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        calls.setdefault((row["task"], row["provider"]), []).append(row)
+    lines = []
+    for kernels in calls.values():
+        if len(kernels) > 1:
+            sums = {
+                name: sum(row["metrics"].get(name, 0.0) for row in kernels)
+                for name in (counters.TIME, counters.READ, counters.WRITTEN)
+            }
+            whole = {"kernel": f"all {len(kernels)}", "metrics": sums}
+            lines.append(_counter_cells({**kernels[0], **whole}))
+        lines += [_counter_cells(row) for row in kernels]
+    headers = ["layer", "batch", "backend", "kernel", "µs", "MB", "÷ must move", "L2 hits"]
+    headers += ["of DRAM peak", "of SM peak", "tensor pipe", "issued a cycle", "occupancy"]
+    headers += ["registers", "bank conflicts", "worst stall"]
+    title = "Kernels by Nsight Compute, caches empty before each: what bounds them"
+    return _table(title, headers, lines)
+
+
+def _counter_cells(row: Row) -> list[Any]:
+    metrics = row["metrics"]
+    moved = [metrics[name] for name in (counters.READ, counters.WRITTEN) if name in metrics]
+    bytes_ = sum(moved) if moved else None
+    time = metrics.get(counters.TIME)
+    stall = counters.worst_stall(metrics)
+
+    def percent(name: str) -> str:
+        return _number(metrics[name] / 100 if name in metrics else None, ".0%")
+
+    return [
+        *(row["case"], row["batch"], row["provider"], row["kernel"]),
+        _number(time and time * 1e6, ".1f"),
+        _number(bytes_ and bytes_ / 1e6, ",.1f"),
+        _number(bytes_ and bytes_ / row["must_bytes"], ".2f"),
+        *(percent(name) for name in (counters.L2_HITS, counters.MEMORY, counters.PROCESSORS)),
+        percent(counters.TENSOR),
+        _number(metrics.get(counters.ISSUED), ".2f"),
+        percent(counters.OCCUPANCY),
+        _number(metrics.get(counters.REGISTERS), ".0f"),
+        _number(metrics.get(counters.CONFLICTS), ",.0f"),
+        f"{stall[0]} {stall[1]:.1f}" if stall else "-",
+    ]
+
+
+def _reports(rows: Sequence[Row]) -> str:
+    lines = [f"{row['tool']}: {report}" for row in rows for report in row["reports"]]
+    return "\n".join(["## Reports of the sanitizer", "", "```", *lines, "```"]) if lines else ""
 
 
 def _failures(stages: Mapping[str, StageFile], plan: Plan) -> str:

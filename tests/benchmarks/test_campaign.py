@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -17,7 +18,18 @@ from torch import Tensor
 
 import benchmarks.campaign as campaign_module
 from benchmarks.__main__ import main
-from benchmarks.campaign import Campaign, StageFile, device, layers, models, report, targets
+from benchmarks.campaign import (
+    Campaign,
+    StageFile,
+    counters,
+    device,
+    layers,
+    models,
+    readme,
+    report,
+    sanitizer,
+    targets,
+)
 from benchmarks.campaign.layers import EAGER, OURS, Elementwise, LayerCase, measure_layer, plain
 from benchmarks.campaign.models import ModelCase, measure_inference, measure_training
 from benchmarks.campaign.plan import STAGES, Plan, full_plan, rehearsal_plan
@@ -85,7 +97,8 @@ def test_every_stage_leaves_its_files(finished: tuple[Path, str], plan: Plan) ->
     out, said = finished
     for stage in STAGES:
         assert content(out, stage)["complete"], said
-        assert (out / f"{stage}.png").exists() == (stage != "build")
+        drawn = stage not in ("build", "sanitizer", "counters")
+        assert (out / f"{stage}.png").exists() == drawn
     assert (out / "memory.png").exists() and "Targets" in (out / "summary.md").read_text()
     everything = json.loads((out / "rehearsal.json").read_text())
     assert set(everything) == set(STAGES)
@@ -101,6 +114,9 @@ def test_every_stage_leaves_its_files(finished: tuple[Path, str], plan: Plan) ->
     parity = content(out, "parity")["content"]
     assert parity["ok"] and parity["counts"]["PASSED"] == 1
     assert content(out, "ceilings")["rows"][0]["per_s"] > 0
+    for stage in ("sanitizer", "counters"):
+        assert f"{stage}: needs a GPU" in said
+        assert content(out, stage)["content"]["reason"] == "needs a GPU"
 
 
 def test_complete_stages_are_not_run_again(
@@ -271,6 +287,15 @@ def test_a_build_that_fails_does_not_end_the_campaign(
     assert content(tmp_path, "build")["content"]["build"] == built
     _, said = run(replace(plan, install=True), tmp_path, ("build",))
     assert "no compiler" not in said  # complete
+
+
+def test_interrupted_commands_may_still_speak() -> None:
+    body = "import time\ntry: time.sleep(600)\nexcept KeyboardInterrupt: print('found')"
+    assert device.run_command([sys.executable, "-c", body], 1.0, grace_s=20) == (None, "found\n")
+    deaf = "import signal, time; signal.signal(2, signal.SIG_IGN); time.sleep(600)"
+    start = time.monotonic()
+    assert device.run_command([sys.executable, "-c", deaf], 1.0, grace_s=0.5) == (None, "")
+    assert time.monotonic() - start < 60
 
 
 def test_commands_are_stopped_at_their_limit() -> None:
@@ -607,7 +632,7 @@ def test_committed_targets_name_cases_that_are_measured() -> None:
     plan = full_plan()
     cases = {
         "kernels": {
-            (case.label, case.batch): {EAGER, *layers._ours_by_name(case, plan.backends)}
+            (case.label, case.batch): {EAGER, *layers.ours_by_name(case, plan.backends)}
             for case in plan.kernels
         },
         "inference": {},
@@ -668,7 +693,8 @@ def test_dry_run_lists_every_case(capsys: pytest.CaptureFixture[str]) -> None:
     plan = full_plan()
     for case in (*plan.kernels, *plan.inference, *plan.training):
         assert case.name in printed
-    assert printed.splitlines()[-1].startswith("Cases: 1 build, 5 ceilings, 1 parity, ")
+    counts = "Cases: 1 build, 5 ceilings, 1 parity, 2 sanitizer, "
+    assert printed.splitlines()[-1].startswith(counts) and ", 1 counters, " in printed
     sizes = [
         line.split() for line in printed.splitlines() if "efficientnet_b0, batch 256, main" in line
     ]
@@ -688,6 +714,8 @@ def test_command_line(
     arguments = ["campaign", "--device", "cpu", "--out", str(tmp_path), "--budget-s", "9"]
     assert main([*arguments, "--only", "kernels", "summary"]) == 1
     assert started == [(rehearsal_plan(), tmp_path, ["kernels", "summary"], 9.0)]
+    assert main([*arguments, "--only", "sanitizer", "counters"]) == 1
+    assert started[1][2] == ["sanitizer", "counters"]
     with pytest.raises(SystemExit):
         main([*arguments, "--only", "everything"])
 
@@ -729,3 +757,566 @@ def test_plain_knows_every_activation_of_the_networks() -> None:
     for activation in ("none", "relu", "relu6", "silu"):
         layer = replace(SMALL["pointwise_conv"], activation=activation)
         assert plain(layer, layer.tensors(1)).shape == (1, 16, 5, 5)
+
+
+# Of tests/cuda: the fixtures that say where a test of the CUDA kernels runs.
+FIXTURES = """
+import os, types, pytest
+@pytest.fixture
+def device(): return types.SimpleNamespace(type="DEVICE")
+@pytest.fixture
+def kernels(device): yield
+@pytest.mark.usefixtures("kernels")
+"""
+ON_GPU = FIXTURES.replace("DEVICE", "cuda")
+BANNER = "========= COMPUTE-SANITIZER\n"
+NO_ERROR = f"{BANNER}========= ERROR SUMMARY: 0 errors\n"
+NO_HAZARD = f"{BANNER}========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n"
+CLEAN = {"memcheck": NO_ERROR, "racecheck": NO_HAZARD}
+INVALID = f"""{BANNER}========= Invalid __global__ read of size 4 bytes
+=========     at void effkernels::<unnamed>::scale_kernel<float>(Scale<T1>)+0x460 in cuda.cu:124
+=========     by thread (65,0,0) in block (1,0,0)
+=========     Access to 0x7bd889c03041 is out of bounds
+=========     and is 1 bytes after the nearest allocation at 0x7bd889c00000 of size 12,352 bytes
+=========
+========= Invalid __global__ read of size 4 bytes
+=========     at void effkernels::<unnamed>::scale_kernel<float>(Scale<T1>)+0x460 in cuda.cu:124
+=========     by thread (66,0,0) in block (1,0,0)
+=========
+"""
+RACE = f"""{BANNER}========= Error: Race reported between Write access at gate_kernel+0x90 in a.h:41
+=========     and Read access at gate_kernel+0x100 in a.h:51 [508 hazards]
+=========
+========= Warning: Race reported between Write access at pool_kernel+0x10 in cuda.cu:1
+=========     and Read access at pool_kernel+0x20 in cuda.cu:2 [2 hazards]
+=========
+"""
+
+
+def make_tool(directory: Path, name: str, body: str, patch: pytest.MonkeyPatch) -> None:
+    """An executable of this name on PATH."""
+    directory.mkdir(exist_ok=True)
+    file = directory / name
+    file.write_text(f"#!{sys.executable}\n{body}")
+    file.chmod(0o755)
+    patch.setenv("PATH", f"{directory}{os.pathsep}{os.environ['PATH']}")
+
+
+def make_sanitizer(
+    directory: Path,
+    patch: pytest.MonkeyPatch,
+    said: dict[str, str],
+    instead: str = "code = subprocess.run(command).returncode",
+) -> None:
+    """Runs what it is given, or something instead, and writes what it has to say into its log."""
+    body = f"""
+import subprocess, sys, time
+given = sys.argv[1:]
+tool, log = (given[given.index(option) + 1] for option in ("--tool", "--log-file"))
+command = given[given.index({sys.executable!r}):]
+file = open(log, "w", buffering=1)
+said = {said!r}[tool]
+{instead}
+file.write(said)
+found = "SUMMARY: 0" not in said and "SUMMARY" in said and "(0 errors" not in said
+sys.exit(code or found * int(given[given.index("--error-exitcode") + 1]))
+"""
+    make_tool(directory, "compute-sanitizer", body, patch)
+
+
+PASSES = "print('a.py::test_it PASSED (on the GPU)   [100%]'); code = 0"
+
+
+def sanitized(plan: Plan, tmp_path: Path, body: str = "def test_it(): pass") -> Plan:
+    file = tmp_path / "test_it.py"
+    file.write_text(body)
+    return replace(plan, sanitized=(str(file),))
+
+
+def test_kernels_are_clean_under_the_sanitizer(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_sanitizer(tmp_path / "bin", monkeypatch, CLEAN)
+    test = """def test_it():
+    assert os.environ["EFFKERNELS_HYPOTHESIS_PROFILE"] == "first"
+    assert os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
+def test_without_kernels(): pass
+"""
+    plan = sanitized(plan, tmp_path, ON_GPU + test)
+    status, said = run(plan, tmp_path / "out", ("sanitizer", "summary"))
+    found = content(tmp_path / "out", "sanitizer")
+    assert status == 0 and found["complete"] and not found["failures"], said
+    for row, tool in zip(found["rows"], ("memcheck", "racecheck"), strict=True):
+        assert row["tool"] == tool and row["ok"] and row["errors"] == row["exit_code"] == 0
+        assert row["on_gpu"] == 1 and row["counts"]["PASSED"] == 2 and row["seconds"] > 0
+        assert "--kernel-name kernel_substring=effkernels" in row["command"]
+        log = (tmp_path / "out" / f"sanitizer-{tool}.txt").read_text()
+        assert "SUMMARY: 0" in log and "2 passed" in log
+    assert "memcheck: ok, 0 errors" in (tmp_path / "out" / "summary.md").read_text()
+    _, said = run(plan, tmp_path / "out", ("sanitizer",))
+    assert "complete, not run again" in said
+
+
+@pytest.mark.parametrize(
+    ("said", "errors", "warnings", "reason"),
+    [
+        ({"memcheck": f"{INVALID}========= ERROR SUMMARY: 769 errors\n"}, 769, 0, "769 errors"),
+        (
+            {
+                "racecheck": f"{RACE}========= RACECHECK SUMMARY: 2 hazards displayed "
+                "(1 error, 1 warning)\n"
+            },
+            1,
+            1,
+            "1 error",
+        ),
+        ({"memcheck": BANNER}, 0, 0, "no closing line"),
+        (
+            {
+                "memcheck": "========= Error: Target application terminated before first "
+                f"instrumented API call\n{NO_ERROR}"
+            },
+            0,
+            0,
+            "Target application terminated",
+        ),
+    ],
+)
+def test_what_the_sanitizer_finds_is_the_exit_status(
+    said: dict[str, str],
+    errors: int,
+    warnings: int,
+    reason: str,
+    plan: Plan,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    make_sanitizer(tmp_path / "bin", monkeypatch, {**CLEAN, **said}, PASSES)
+    out = tmp_path / "out"
+    status, printed = run(sanitized(plan, tmp_path), out, ("sanitizer", "ceilings", "summary"))
+    found = content(out, "sanitizer")
+    (tool,) = said
+    assert status == 1 and found["complete"] and list(found["failures"]) == [tool], printed
+    assert reason in found["failures"][tool] and "ceilings: copy" in printed
+    rows = {row["tool"]: row for row in found["rows"]}
+    assert (rows[tool]["errors"], rows[tool]["warnings"]) == (errors, warnings)
+    assert sum(row["ok"] for row in rows.values()) == 1
+    summary = (out / "summary.md").read_text()
+    assert f"sanitizer: {tool}: FAILED: " in summary
+    assert ("Reports of the sanitizer" in summary) == (errors > 0)
+    make_sanitizer(tmp_path / "bin", monkeypatch, CLEAN, PASSES)
+    assert run(sanitized(plan, tmp_path), out, ("sanitizer",), again=True)[0] == 0
+
+
+def test_warnings_of_the_sanitizer_are_no_errors(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closing = "========= RACECHECK SUMMARY: 1 hazard displayed (0 errors, 1 warning)\n"
+    said = {**CLEAN, "racecheck": RACE.replace("Error: ", "Warning: ") + closing}
+    make_sanitizer(tmp_path / "bin", monkeypatch, said, PASSES)
+    assert run(sanitized(plan, tmp_path), tmp_path, ("sanitizer",))[0] == 0
+    assert content(tmp_path, "sanitizer")["rows"][1]["warnings"] == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (FIXTURES.replace("DEVICE", "cpu") + "def test_it(): pass", "no test ran on the GPU"),
+        (ON_GPU + "def test_it(): pytest.skip()", "no test ran on the GPU"),
+        ("def test_it(): pass", "no test ran on the GPU"),
+        (ON_GPU + "def test_it(): assert False", "1 tests failed"),
+        ("", "exit status 5"),
+    ],
+)
+def test_what_did_not_run_is_not_clean(
+    body: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_sanitizer(tmp_path / "bin", monkeypatch, CLEAN)
+    file = tmp_path / "test_it.py"
+    file.write_text(body)
+    row = sanitizer.check("memcheck", (str(file),), tmp_path, 120)
+    assert row["ok"] is False and reason in row["reason"] and row["errors"] == 0
+
+
+def test_tests_that_come_too_late_are_left_out(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Incomplete and no failure; the same command again goes on with the tool that is missing."""
+    make_sanitizer(tmp_path / "bin", monkeypatch, CLEAN)
+    plan = sanitized(plan, tmp_path, ON_GPU + "def test_it(): pass")
+    monkeypatch.setattr(sanitizer, "CLOSING_SHARE", 1.0)
+    monkeypatch.setattr(sanitizer, "MOST_CLOSING_S", 1e9)
+    status, said = run(plan, tmp_path, ("sanitizer",))
+    found = content(tmp_path, "sanitizer")
+    assert status == 0 and not found["complete"] and not found["failures"], said
+    assert found["left_out"] == ["memcheck", "racecheck"] and "out of time for 1 test" in said
+    assert found["rows"][0]["counts"]["LATE"] == 1 and found["rows"][0]["ok"] is None
+    memcheck = {"task": "memcheck", **found["rows"][0], "ok": True}
+    file = tmp_path / "sanitizer.json"
+    file.write_text(json.dumps({**found, "rows": [memcheck]}))
+    make_sanitizer(tmp_path / "bin", monkeypatch, CLEAN, PASSES)
+    _, said = run(plan, tmp_path, ("sanitizer",))
+    assert content(tmp_path, "sanitizer")["complete"] and "memcheck" not in said
+
+
+@pytest.mark.parametrize(("said", "ok"), [("", None), (INVALID, False)])
+def test_a_sanitizer_that_is_stopped_tells_what_it_has(
+    said: str, ok: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_sanitizer(
+        tmp_path / "bin", monkeypatch, {"memcheck": said}, "file.write(said); time.sleep(600)"
+    )
+    row = sanitizer.check("memcheck", (), tmp_path, 1.0)
+    assert row["exit_code"] is None and row["ok"] is ok
+    assert row["errors"] == len(row["reports"]) == (2 if said else 0)
+    if said:
+        assert row["reports"][0].splitlines()[1].endswith("in cuda.cu:124")
+    else:
+        assert "stopped after" in row["reason"]
+
+
+def test_a_sanitizer_without_time_is_not_started(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_sanitizer(tmp_path / "bin", monkeypatch, CLEAN, PASSES)
+    assert run(sanitized(plan, tmp_path), tmp_path, ("sanitizer",), budget_s=0.0)[0] == 0
+    found = content(tmp_path, "sanitizer")
+    assert not found["rows"] and found["left_out"] == ["memcheck", "racecheck"]
+
+
+def test_missing_tools_do_not_fail_the_campaign(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    monkeypatch.setattr(device, "CUDA_TOOLS", tmp_path / "cuda")
+    counted = replace(sanitized(plan, tmp_path), counted=COUNTED)
+    status, said = run(counted, tmp_path, ("sanitizer", "counters", "summary"))
+    assert status == 0
+    for stage, tool in (("sanitizer", "compute-sanitizer"), ("counters", "ncu")):
+        assert content(tmp_path, stage)["complete"] and f"{stage}: {tool} is not there" in said
+        assert f"{stage.capitalize()}: {tool} is not there." in said
+    (tmp_path / "cuda").mkdir()
+    (tmp_path / "cuda" / "ncu").touch(mode=0o755)
+    assert device.find_tool("ncu") == str(tmp_path / "cuda" / "ncu")
+
+
+def test_first_cases_are_chosen() -> None:
+    """Of every test one, and then one in bfloat16."""
+    environment = {**os.environ, "EFFKERNELS_HYPOTHESIS_PROFILE": "first"}
+    command = [*device.pytest_command(["tests/cuda/test_silu.py"]), "--collect-only", "-q"]
+    command += ["-k", "not mistakes", "-o", "addopts=--import-mode=importlib"]
+    command.remove("-v")
+    code, printed = device.run_command(command, 120, environment)
+    found = [line.partition("::")[2] for line in printed.splitlines() if "::" in line]
+    tests = [name.partition("[")[0] for name in found]
+    assert code == 0 and len(set(tests)) == 4, printed
+    assert tests == [*dict.fromkeys(tests), "test_matches_reference", "test_gradient", tests[3]]
+    assert all("bfloat16" in name for name in found[4:])
+
+
+COUNTED = counters.Counted(NETWORK, 2, forward=1, backward=1)
+KERNELS = (
+    "void at::native::<unnamed>::distribution_elementwise_grid_stride_kernel<float, (int)4, "
+    "void at::native::templates::cuda::cauchy_kernel<at::CUDAGeneratorImpl *>(int)>(long)",
+    "void effkernels::<unnamed>::expand_kernel<float, (int)3>(Fused<T1>)",
+    "_scale_kernel",
+)
+STALLED = counters.STALL.format("barrier")
+VALUES = {
+    counters.TIME: ("1,234.50", "usecond"),
+    counters.READ: ("2.5", "Mbyte"),
+    counters.WRITTEN: ("1,500,000", "byte"),
+    counters.TENSOR: ("n/a", ""),
+}
+# run() runs the given process; note() writes what it would have noted. Both give the calls.
+# results() are the marker and two kernels for each, as ncu prints them, between its own lines.
+NCU = f"""
+import csv, json, subprocess, sys, time
+given = sys.argv[1:]
+log, metrics = (given[given.index(option) + 1] for option in ("--log-file", "--metrics"))
+metrics = metrics.split(",")
+order = given[-1].replace(".job", ".jsonl")
+def say(text): open(log, "a").write(text + chr(10))
+def run():
+    subprocess.run(given[given.index({sys.executable!r}):], check=True)
+    return [line for line in map(json.loads, open(order)) if "begun" in line]
+def note():
+    with open(order, "w") as file:
+        file.writelines(json.dumps(dict(begun=call)) + chr(10) for call in CALLS)
+    return CALLS
+def results(sections, raw=True):
+    values = [({VALUES!r}).get(metric, ("12.5", "")) for metric in metrics]
+    columns = ["ID", "Process ID", "Process Name", "Host Name", "Kernel Name", "Context"]
+    columns += ["Stream", "Block Size", "Grid Size", "Device", "CC"]
+    say("==PROF== Connected to process 1234 (/usr/bin/python3.12)")
+    with open(log, "a") as file:
+        writer = csv.writer(file, quoting=csv.QUOTE_ALL, lineterminator=chr(10))
+        if raw:
+            writer.writerow([*columns, *metrics])
+            writer.writerow([*("" for _ in columns), *(unit for _, unit in values)])
+        else:
+            more = ["Section Name", "Metric Name", "Metric Unit", "Metric Value"]
+            writer.writerow([*columns, *more])
+        names = ({KERNELS!r}[:1] + {KERNELS!r} * (sections - 1))[:sections * 3 - 2]
+        for index, name in enumerate(names):
+            cells = [str(index), "1234", "python3.12", "127.0.0.1", name, "1", "7"]
+            cells += ["(128, 1, 1)", "(1320, 1, 1)", "0", "9.0"]
+            if raw:
+                writer.writerow([*cells, *(value for value, _ in values)])
+            for metric, (value, unit) in zip(metrics, () if raw else values):
+                writer.writerow([*cells, "Command line profiler metrics", metric, unit, value])
+    say("==PROF== Disconnected from process 1234")
+"""
+
+
+def make_ncu(out: Path, patch: pytest.MonkeyPatch, body: str) -> None:
+    """``out``: with the results of the stage kernels."""
+    calls = counters.worst_layers(
+        COUNTED, rehearsal_plan().kernels, content(out, "kernels")["rows"]
+    )
+    begun = [["", ""], *([case.name, name] for case, names in calls for name in names)]
+    make_tool(out / "bin", "ncu", f"CALLS = {begun!r}\n{NCU}\n{body}", patch)
+
+
+@pytest.fixture(scope="module")
+def timed_layers(tmp_path_factory: pytest.TempPathFactory, plan: Plan) -> tuple[Plan, Path]:
+    """A campaign whose layers were timed."""
+    plan = replace(plan, kernels=rehearsal_plan().kernels, counted=COUNTED)
+    out = tmp_path_factory.mktemp("timed")
+    with pytest.MonkeyPatch.context() as patch:
+        make_quick(patch)
+        run(plan, out, ("build", "kernels"))
+    return plan, out
+
+
+@pytest.fixture
+def counted(timed_layers: tuple[Plan, Path], tmp_path: Path) -> tuple[Plan, Path]:
+    """The same, of which a test may make what it likes."""
+    plan, out = timed_layers
+    for stage in ("build", "kernels"):
+        (tmp_path / f"{stage}.json").write_text((out / f"{stage}.json").read_text())
+    return plan, tmp_path
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_layers_that_lose_time_are_looked_into(
+    raw: bool, counted: tuple[Plan, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, out = counted
+    make_ncu(out, monkeypatch, f"results(len(note()), {raw})")
+    status, said = run(plan, out, ("counters", "summary"))
+    found = content(out, "counters")
+    assert status == 0 and found["complete"] and not found["failures"], said
+    assert found["content"]["unknown"] == [] and not list(out.glob("counters.j[!s]*"))
+    forward, backward = list(dict.fromkeys(row["case"] for row in found["rows"]))
+    assert "backward of" in backward and "backward" not in forward
+    names = ["expand_kernel", "_scale_kernel"]
+    assert [row["kernel"] for row in found["rows"]] == names * 2
+    for row in found["rows"]:
+        assert row["provider"] == OURS and row["must_bytes"] > 0
+        metrics = row["metrics"]
+        assert metrics[counters.TIME] == pytest.approx(1234.5e-6)
+        assert metrics[counters.READ] == 2.5e6 and metrics[counters.WRITTEN] == 1.5e6
+        assert metrics[STALLED] == 12.5 and counters.TENSOR not in metrics
+    lines = [line for line in said.splitlines() if "backward of" in line and "all 2" in line]
+    cells = [cell.strip() for cell in lines[0].split("|")]
+    assert cells[5:7] == ["2469.0", "8.0"]
+    assert float(cells[7]) == pytest.approx(8e6 / found["rows"][-1]["must_bytes"], rel=0.01)
+    _, said = run(plan, out, ("counters",))
+    assert "complete, not run again" in said
+
+
+def test_metrics_that_ncu_does_not_know_are_left_out(
+    counted: tuple[Plan, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, out = counted
+    body = """
+if "TENSOR" in metrics:
+    say("==PROF== Connected to process 1")
+    say("==ERROR== Failed to find metric TENSOR")
+    say(r"==ERROR== Failed to access the following 1 metrics: HITS")
+    sys.exit(9)
+results(len(note()))
+"""
+    body = body.replace("TENSOR", counters.TENSOR).replace("HITS", counters.L2_HITS)
+    make_ncu(out, monkeypatch, body)
+    assert run(plan, out, ("counters",))[0] == 0
+    found = content(out, "counters")
+    assert found["complete"] and not found["failures"] and len(found["rows"]) == 4
+    assert set(found["content"]["unknown"]) == {counters.TENSOR, counters.L2_HITS}
+    assert counters.L2_HITS not in found["rows"][0]["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ("say('==ERROR== ERR_NVGPUCTRPERM - no permission'); sys.exit(1)", "ERR_NVGPUCTRPERM"),
+        ("say('==ERROR== no such option: metric'); sys.exit(1)", "no such option"),
+        ("note(); say('==WARNING== No kernels were profiled.')", "ncu has 0 of the markers"),
+        ("results(len(note()) - 1)", "3 calls were marked, ncu has 2"),
+        ("results(len(note()) + 1)", "3 calls were marked, ncu has 4"),
+        ("results(len(note()) - 1); sys.exit(11)", "exit status 11"),
+    ],
+)
+def test_ncu_that_fails_does_not_end_the_campaign(
+    body: str, why: str, counted: tuple[Plan, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, out = counted
+    make_ncu(out, monkeypatch, body)
+    status, said = run(plan, out, ("counters", "ceilings", "summary"))
+    found = content(out, "counters")
+    assert status == 0 and found["complete"] and why in found["failures"]["ncu"]
+    assert "ceilings: copy" in said and "- counters: ncu: FAILED: " in said
+    assert len(found["rows"]) == (2 if "11" in why else 0)  # a prefix is in order
+
+
+def test_ncu_that_is_stopped_leaves_the_rest_for_later(
+    counted: tuple[Plan, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, out = counted
+    body = """
+note()
+try: time.sleep(600)
+except KeyboardInterrupt: results(2)
+"""
+    make_ncu(out, monkeypatch, body)
+    monkeypatch.setattr(counters, "LEAST_S", 0.1)
+    status, said = run(plan, out, ("counters", "summary"), budget_s=2.0)
+    found = content(out, "counters")
+    assert status == 0 and not found["complete"] and len(found["rows"]) == 2, said
+    (left,) = found["left_out"]
+    assert "backward of" in left and f"- counters: out of time for {left}" in said
+    make_ncu(out, monkeypatch, "results(len(note()))")
+    run(plan, out, ("counters",))
+    assert content(out, "counters")["complete"] and len(content(out, "counters")["rows"]) == 4
+
+
+def test_counters_need_layers_and_time(
+    counted: tuple[Plan, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, out = counted
+    make_ncu(out, monkeypatch, "sys.exit('runs')")
+    run(plan, out, ("counters",), budget_s=0.0)
+    found = content(out, "counters")
+    assert not found["complete"] and len(found["left_out"]) == 2 and not found["failures"]
+    (out / "kernels.json").unlink()
+    _, said = run(plan, out, ("counters",))
+    assert not content(out, "counters")["complete"] and "has timed no layer" in said
+
+
+def test_a_layer_that_fails_is_named_and_the_next_one_runs(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the process that ncu watches."""
+    order, path = tmp_path / "order", tmp_path / "job"
+    (case,) = plan.kernels[:1]
+    job = counters.Job(((case, ("nobody", OURS)),), "cpu", "float32", ("auto",), order, 60.0)
+    monkeypatch.setattr(sys, "argv", ["work", str(path)])
+    path.write_bytes(counters.pickle.dumps(job))
+    counters.work()
+    lines = [json.loads(line) for line in order.read_text().splitlines()]
+    failed = {"failed": [case.name, "nobody"], "why": "KeyError: 'nobody'"}
+    assert lines == [{"begun": ["", ""]}, failed, {"begun": [case.name, OURS]}]
+    path.write_bytes(counters.pickle.dumps(replace(job, seconds=0.0)))
+    counters.work()
+    assert json.loads(order.read_text().splitlines()[-1]) == {"out of time": True}
+
+
+def test_layers_are_weighed_by_how_often_they_come(plan: Plan) -> None:
+    found = layers.layer_counts("efficientnet_b0")
+    often = max(found, key=lambda layer: found[layer])
+    once = next(layer for layer, count in found.items() if count == 1)
+    assert found[often] > 2
+    cases = [LayerCase("efficientnet_b0", layer, 256) for layer in (once, often)]
+    cases += [replace(cases[0], backward=True), replace(cases[1], batch=1)]
+    counted = counters.Counted("efficientnet_b0", 256, forward=1, backward=1)
+    rows = [row(case.name, OURS, 3.0) for case in cases]
+    rows += [row(case.name, "eager", 1.0) for case in cases]
+    rows.append(row(cases[0].name, f"{OURS} native", None))
+    rows.append(row(cases[1].name, f"{OURS} native", 2.0))  # faster: 1 ms lost, times its count
+    chosen = counters.worst_layers(counted, cases, rows)
+    both = (OURS, f"{OURS} native")
+    assert chosen == ((cases[1], both), (cases[2], (OURS,)))
+    rows[0]["ms_median"] = 1.5 + found[often]
+    assert counters.worst_layers(counted, cases, rows)[0] == (cases[0], (OURS,))
+
+
+def test_kernels_have_short_names() -> None:
+    assert counters.short_name(KERNELS[1]) == "expand_kernel"
+    assert counters.short_name("void (anonymous namespace)::pool<int>(a<b>)") == "pool"
+    assert counters.short_name("triton_poi_fused_0") == "triton_poi_fused_0"
+    stall = counters.STALL.format
+    metrics = {stall("wait"): 1.0, stall("barrier"): 2.0}
+    assert counters.worst_stall(metrics) == ("barrier", 2.0)
+    assert counters.worst_stall({}) is None
+
+
+def test_a_campaign_goes_into_the_readme(finished: tuple[Path, str], tmp_path: Path) -> None:
+    """Behind the section that is there already; the second time between its own markers."""
+    results, file = finished[0] / "rehearsal.json", tmp_path / "README.md"
+    text = (device.ROOT / "README.md").read_text()
+    assert readme.BEGIN not in text or "The GPU kernels have not run on a GPU yet" not in text
+    file.write_text(text)
+    assert main(["report", str(results), "--readme", str(file)]) == 0
+    once = file.read_text()
+    section = once.partition(readme.BEGIN)[2].partition(readme.END)[0]
+    assert "no figure of a GPU" in section and "| mobilenet_v2 32² |       2 |" in section
+    assert "Training steps" in section and "Targets: 0 met, 0 missed, 22" in section
+    assert once.replace(section, "") != text and len(once) - len(section) - len(text) < 200
+    file.write_text(once.replace("Parity tests: 1 passed", "old figures"))
+    assert main(["report", str(results), "--readme", str(file)]) == 0
+    assert file.read_text() == once
+    file.write_text("no markers")
+    assert main(["report", str(results), "--readme", str(file)]) == 2
+    assert file.read_text() == "no markers"
+
+
+def test_the_readme_says_what_was_missed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def timed(task: str, provider: str, ms: float | None, **fields: Any) -> Row:
+        found = row(task, provider, ms, suite="inference", case="efficientnet_b0", peak_bytes=None)
+        return {**found, **fields}
+
+    main_task, compiled = "efficientnet_b0, batch 256, main", "efficientnet_b0, batch 256, compile"
+    rows = [
+        timed(main_task, "eager", 9.0, peak_bytes=2e9),
+        timed(main_task, "eager graph", 8.0),
+        timed(main_task, "freeze", 4.0, peak_bytes=5e8),
+        timed(main_task, "freeze graph", 2.0),
+        timed(main_task, CONTROL, 2.0, control_of="freeze graph"),
+        timed(compiled, "eager", 9.5),
+        timed(compiled, "torch.compile", 6.0),
+        timed(compiled, "freeze graph", 2.5),  # in turns with torch.compile
+        timed(compiled, CONTROL, 2.5, control_of="freeze graph"),
+    ]
+    target = {"stage": "inference", "case": "efficientnet_*", "batch": 256, "failed_cases": 0}
+    missed = {**target, "target": "freeze: ms at most 1", "measured": 2.0, "met": False}
+    passed = {**target, "target": "freeze: ms at most 3", "measured": 2.0, "met": True}
+    environment = {"device": "NVIDIA H200", "nvidia_smi": {"driver_version": "580.1"}}
+    build = {"environment": environment, "header": {"versions": {"torch": "2.11"}, "commit": "c0"}}
+    parity = {"ok": False, "reason": "3 failed", "counts": {}}
+    everything = {
+        "build": {"rows": [], "content": build},
+        "parity": {"rows": [], "content": parity},
+        "inference": {"rows": rows, "content": {}},
+        "training": {"rows": [], "content": {}},
+        "summary": {"rows": [], "content": {"targets": [missed, passed]}},
+    }
+    file = tmp_path / "gpu-nvidia-h200.json"
+    file.write_text(json.dumps(everything))
+    assert main(["report", str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert "NVIDIA H200" in printed and "torch 2.11, driver 580.1" in printed and "c0" in printed
+    (line,) = (line for line in printed.splitlines() if line.startswith("| efficientnet_b0"))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[1:] == ["256", "8.000", "6.000", "2.000", "2.40", "128,000", "2,000", "500"]
+    assert "1 met, 1 missed, 0 not measured" in printed and "tests **failed**: 3 failed" in printed
+    assert "- **missed**: inference: efficientnet\\_" not in printed
+    assert (
+        "- **missed**: inference: efficientnet_\\*, batch 256, freeze: ms at most 1: 2" in printed
+    )
+    rows[-1]["ms_median"] = 3.0
+    file.write_text(json.dumps(everything))
+    assert main(["report", str(file)]) == 0
+    assert "2.40* |" in capsys.readouterr().out
