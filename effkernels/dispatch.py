@@ -43,6 +43,9 @@ AUTO_ORDER = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "refe
 DEFAULT_ORDER = ("reference",)
 
 _choice: ContextVar[str | None] = ContextVar("effkernels_backend", default=None)
+# The same for torch.compile, which before 2.14 cannot read a ContextVar: it compiles anew when this
+# changes. Threads that ask for different backends at once may see each other's here.
+_compiled_choice: str | None = None
 _logged: set[tuple[str, str, str]] = set()
 
 
@@ -110,7 +113,7 @@ def _check_choice(choice: str, source: str) -> str:
 
 def requested() -> str:
     """The backend asked for by `use_backend`, else by EFFKERNELS_BACKEND, else ``"auto"``."""
-    choice = _choice.get()
+    choice = _compiled_choice if torch.compiler.is_dynamo_compiling() else _choice.get()
     if choice is not None:
         return choice
     environment = os.environ.get("EFFKERNELS_BACKEND")
@@ -128,11 +131,14 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: for another name.
         BackendUnavailable: from an op inside the block that this backend cannot run.
     """
-    token = _choice.set(_check_choice(name, "use_backend"))
+    global _compiled_choice
+    token, before = _choice.set(_check_choice(name, "use_backend")), _compiled_choice
+    _compiled_choice = name
     try:
         yield
     finally:
         _choice.reset(token)
+        _compiled_choice = before
 
 
 def _native_status() -> Backend:

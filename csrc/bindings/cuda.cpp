@@ -36,8 +36,8 @@ class OnDevice {
   explicit OnDevice(const Tensor&) {}
 #else
   explicit OnDevice(const Tensor& tensor) : guard_(tensor.get_device()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_get_current_cuda_stream(tensor.get_device(), &stream_));
+    const AOTITorchError error = aoti_torch_get_current_cuda_stream(tensor.get_device(), &stream_);
+    STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "effkernels_cuda: PyTorch gives no stream");
   }
 #endif
 

@@ -102,9 +102,7 @@ def uses_batch_statistics(norm: nn.Module) -> bool:
 def autocast_dtype(input: Tensor) -> torch.dtype | None:
     """The dtype that nn.Conv2d would compute in under autocast; None: leave tensors alone."""
     device = input.device.type
-    if not torch.amp.is_autocast_available(device):  # meta
-        return None
-    if not torch.is_autocast_enabled(device) or input.dtype == torch.float64:
+    if input.is_meta or input.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
 

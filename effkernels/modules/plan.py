@@ -133,7 +133,6 @@ class Planned(nn.Module):
         Args:
             body: a method of this module; reads nothing but ``input`` and the module.
         """
-        choice = requested()
         if (
             torch.compiler.is_compiling()
             or torch.is_grad_enabled()
@@ -143,7 +142,8 @@ class Planned(nn.Module):
         ):
             return body(input)
         plans: dict[Hashable, Plan] = self.__dict__.setdefault("_plans", {})
-        key = (body.__func__, input.shape[1:], input.dtype, input.device, choice)  # type: ignore[attr-defined]
+        kind = input.shape[1:], input.dtype, input.device
+        key = (body.__func__, *kind, requested())  # type: ignore[attr-defined]
         exact = (key, input.shape[0])
         plan = plans.get(key) or plans.get(exact)
         if plan is not None and plan.valid(self):
