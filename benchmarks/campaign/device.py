@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,8 @@ def run_command(
         text=True,
         errors="replace",
         start_new_session=True,  # so that its helpers end with it
+        # What was started in the background ignores interrupts, and so would its children.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL) if grace_s else None,
     )
     try:
         output, _ = process.communicate(timeout=max(timeout_s, 1.0))
