@@ -959,20 +959,24 @@ def test_tests_that_come_too_late_are_left_out(
     assert content(tmp_path, "sanitizer")["complete"] and "memcheck" not in said
 
 
-@pytest.mark.parametrize(("said", "ok"), [("", None), (INVALID, False)])
+@pytest.mark.parametrize(
+    ("tool", "said", "places"),
+    [
+        ("memcheck", "", []),
+        ("memcheck", INVALID, ["cuda.cu:124", "cuda.cu:124"]),
+        ("racecheck", RACE, ["a.h:51 [508 hazards]"]),  # and a warning
+    ],
+)
 def test_a_sanitizer_that_is_stopped_tells_what_it_has(
-    said: str, ok: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tool: str, said: str, places: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_sanitizer(
-        tmp_path / "bin", monkeypatch, {"memcheck": said}, "file.write(said); time.sleep(600)"
-    )
-    row = sanitizer.check("memcheck", (), tmp_path, 1.0)
-    assert row["exit_code"] is None and row["ok"] is ok
-    assert row["errors"] == len(row["reports"]) == (2 if said else 0)
-    if said:
-        assert row["reports"][0].splitlines()[1].endswith("in cuda.cu:124")
-    else:
-        assert "stopped after" in row["reason"]
+    instead = "file.write(said); time.sleep(600)"
+    make_sanitizer(tmp_path / "bin", monkeypatch, {tool: said}, instead)
+    row = sanitizer.check(tool, (), tmp_path, 1.0)
+    assert row["exit_code"] is None and row["errors"] == len(places)
+    found = [text.splitlines()[1].rpartition(" in ")[2] for text in row["reports"]]
+    assert found == places and row["ok"] is (False if places else None)
+    assert ("stopped after" in row["reason"]) == (not places)
 
 
 def test_a_sanitizer_without_time_is_not_started(
