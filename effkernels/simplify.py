@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .native import activation_codes
 from .program import Call, Kind, Step, Value
@@ -44,6 +45,7 @@ class _Simplifier:
         kept: list[Step | Call] = []
         for position, original in enumerate(self._steps):
             step = self._as_silu(original) if isinstance(original, Call) else original
+            producer: Step | Call | None
             self._order[id(step)] = position
             if isinstance(step, Step):
                 if step.kind in _CONVOLUTIONS:
@@ -103,7 +105,7 @@ class _Simplifier:
             producer.output = step.output
         return producer
 
-    def _absorb_call(self, call: Call) -> Step | None:
+    def _absorb_call(self, call: Call) -> Step | Call | None:
         """The step that does the work of ``call`` from now on."""
         (args, kwargs), function = call.arguments, call.function
         if function is aten.native_batch_norm.default and not kwargs:
@@ -128,24 +130,51 @@ class _Simplifier:
         mean: Any,
         var: Any,
         eps: float,
-    ) -> Step | None:
-        producer = self._open(input)
-        if producer is None or producer.residual is not None or mean is None:
-            return None
-        packed, scale, shift, *transformed = producer.weights
-        if scale is not None or call.outputs[0] is None:
+    ) -> Step | Call | None:
+        if mean is None or call.outputs[0] is None:
             return None
         if any(value in self._readers for value in call.outputs[1:] if value is not None):
             return None
+        producer = self._open(input) or self._foldable_call(input)
+        if producer is None:
+            return None
+        if isinstance(producer, Step):
+            matrix, scale, shift, *transformed = producer.weights
+            if producer.residual is not None or scale is not None:
+                return None
+        else:
+            (x, matrix, shift, *rest), kwargs = producer.arguments
         # In double, so that the folded network errs no more than the original.
         factor = (var.double() + eps).rsqrt()
         if weight is not None:
             factor = factor * weight.double()
         center = mean.double() if shift is None else mean.double() - shift.double()
         offset = -center * factor if bias is None else bias.double() - center * factor
-        producer.weights = (packed, factor.float(), offset.float(), *transformed)
-        producer.output = call.outputs[0]
+        if isinstance(producer, Step):
+            producer.weights = (matrix, factor.float(), offset.float(), *transformed)
+            producer.output = call.outputs[0]
+        else:
+            assert matrix is not None
+            folded = (matrix.double() * factor.view(-1, 1, 1, 1)).to(matrix)
+            producer.arguments = (x, folded, offset.to(matrix), *rest), kwargs
+            producer.outputs = call.outputs[:1]
         return producer
+
+    def _foldable_call(self, value: Value) -> Call | None:
+        """PyTorch's convolution that made ``value``, if a scale and shift may go into its weights:
+        grouped ones are, which this library has no kernel for."""
+        call = self._producers.get(value)
+        if (
+            not isinstance(call, Call)
+            or call.function is not aten.convolution.default
+            or value in self._outputs
+            or self._readers[value] != 1
+        ):
+            return None
+        (_, weight, bias, *_, transposed, _, _), _ = call.arguments
+        constant = isinstance(weight, Tensor) and not isinstance(bias, Value)
+        exact = constant and weight.dtype == torch.float32  # twice rounded would be worse
+        return call if exact and weight.dim() == 4 and not transposed else None
 
     def _absorb_residual(self, call: Call, a: Any, b: Any) -> Step | None:
         output = call.outputs[0]

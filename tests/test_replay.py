@@ -56,6 +56,37 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     ),
 }
 SMALL = "torchvision mobilenet_v3_small"
+MODELS = torchvision.models
+
+
+def small_vgg() -> nn.Module:
+    features = MODELS.vgg.make_layers([8, "M", 16, "M", 16, 512], batch_norm=True)
+    network = MODELS.VGG(features, init_weights=False)
+    network.classifier = nn.Sequential(nn.Linear(512 * 7 * 7, 10))
+    return network
+
+
+# Recorded as wholes in evaluation; their blocks are not known.
+WHOLES: dict[str, Callable[[], nn.Module]] = {
+    "torchvision convnext": lambda: MODELS.ConvNeXt(
+        [MODELS.convnext.CNBlockConfig(16, 32, 2), MODELS.convnext.CNBlockConfig(32, None, 2)]
+    ),
+    "torchvision densenet": lambda: MODELS.DenseNet(8, (2, 2, 2), 16),
+    "torchvision googlenet": lambda: MODELS.GoogLeNet(aux_logits=False, init_weights=False),
+    "torchvision inception": lambda: MODELS.Inception3(aux_logits=False, init_weights=False),
+    "torchvision regnet_y_400mf": MODELS.regnet_y_400mf,
+    "torchvision shufflenet_v2_x0_5": MODELS.shufflenet_v2_x0_5,
+    "torchvision squeezenet1_1": MODELS.squeezenet1_1,
+    "torchvision vgg": small_vgg,
+    "timm convnext_atto": lambda: timm.create_model("convnext_atto"),
+    "timm densenet": lambda: timm.models.densenet.DenseNet(8, (2, 2, 2)),
+    "timm efficientvit_b0": lambda: timm.create_model("efficientvit_b0"),
+    "timm gernet_s": lambda: timm.create_model("gernet_s"),
+    "timm mobileone_s0": lambda: timm.create_model("mobileone_s0"),
+    "timm regnety_002": lambda: timm.create_model("regnety_002"),
+    "timm repvgg_a0": lambda: timm.create_model("repvgg_a0"),
+    "timm rexnet_100": lambda: timm.create_model("rexnet_100"),
+}
 
 
 def settled(name: str, image: Tensor, seed: int | None = None) -> nn.Module:
@@ -104,6 +135,49 @@ def test_outputs(name: str, image: Tensor) -> None:
     blocks = NETWORKS[name][1]
     kept = next(iter(frozen._replays.values())).replay
     assert steps_of(kept)["mbconv"] >= blocks
+
+
+@pytest.mark.parametrize("name", WHOLES)
+def test_whole_networks(name: str) -> None:
+    """As near to float64 as PyTorch, by a replay that sees every change of the network."""
+    errors = Errors()
+    image = torch.randn(2, 3, 96, 96)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        original = settle(WHOLES[name](), torch.randn(8, 3, 96, 96)).eval()
+        network = ek.accelerate(copy.deepcopy(original))
+        with torch.no_grad():
+            for x in (image, image.to(memory_format=torch.channels_last)):
+                errors.add(original, x, network(x), ek.freeze(original)(x))
+            assert replay_of(network) is not None
+    errors.check()
+    with torch.no_grad():
+        before = network(image)
+        for parameter in network.parameters():
+            parameter.mul_(1.01)
+        assert not torch.allclose(network(image), before)
+        assert torch.equal(copy.deepcopy(network)(image), network(image))
+
+
+def test_attribute_of_a_foreign_block_is_seen() -> None:
+    """What such a block does is its own business: whatever it keeps may decide that."""
+    network = ek.accelerate(timm.create_model("rexnet_100").eval())
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        before = network(image)
+        block = next(block for block in network.features if block.use_shortcut)
+        block.use_shortcut = False
+        assert not torch.allclose(network(image), before)
+
+
+@pytest.mark.parametrize("name", ["ghostnet_050", "mixnet_s"])
+def test_pieces_alone_run_as_before(name: str) -> None:
+    """In evaluation a replay of a normalisation or a gate alone is slower than PyTorch."""
+    network = ek.accelerate(timm.create_model(name).eval())
+    with torch.no_grad():
+        network(torch.randn(1, 3, 64, 64))
+    planned = {type(m).__name__ for m in network.modules() if m.__dict__.get("_plans")}
+    assert planned and not planned & {"BatchNormAct2d", "SqueezeExcite"}
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -362,6 +436,32 @@ def test_epilogues() -> None:
         return hidden * hidden.sigmoid()
 
     check(swish, {"conv": 1})
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_norm_goes_into_a_foreign_convolution(bias: bool) -> None:
+    grouped, n = nn.Conv2d(8, 8, 3, 2, 1, groups=2, bias=bias), norm()
+    check(lambda x: n(grouped(x)), {"aten::convolution": 1})
+    plain = norm()
+    plain.weight = plain.bias = None
+    check(lambda x: plain(n(grouped(x))), {"aten::convolution": 1})
+    check(lambda x: n(grouped(x)).relu(), {"aten::convolution": 1, "silu": 1})
+
+    def read_twice(x: Tensor) -> Tensor:
+        hidden = grouped(x)
+        return n(hidden) + hidden
+
+    unfolded = {"aten::convolution": 1, "aten::native_batch_norm": 1}
+    check(read_twice, {**unfolded, "aten::add": 1})
+    check(lambda x: [y := grouped(x), n(y)], unfolded)
+    wide = nn.ConvTranspose2d(8, 8, 3)
+    check(lambda x: n(wide(x)), unfolded)
+    check(
+        lambda x: n(
+            nn.functional.conv2d(x, x.mean((0, 2, 3)).view(8, 1, 1, 1).expand(8, 4, 3, 3), groups=2)
+        ),
+        {**unfolded, "aten::mean": 1, "aten::reshape": 1, "aten::expand": 1},
+    )
 
 
 def test_what_must_not_fuse() -> None:

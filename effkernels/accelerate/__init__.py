@@ -10,7 +10,7 @@ from typing import TypeVar
 from torch import nn
 
 from ..modules.plan import Planned
-from .kinds import Accelerated
+from .kinds import Adapted
 
 __all__ = ["accelerate", "check_model", "restore"]
 
@@ -18,7 +18,7 @@ __all__ = ["accelerate", "check_model", "restore"]
 # the library itself has been: without it there can be no model of it.
 LIBRARIES = ("torchvision", "timm", "efficientnet_pytorch", "efficientnet_lite_pytorch")
 
-_adapters: dict[type[nn.Module], type[Accelerated]] = {}
+_adapters: dict[type[nn.Module], type[Adapted]] = {}
 _imported: set[str] = set()
 _said: set[type[nn.Module]] = set()
 
@@ -53,7 +53,7 @@ def accelerate(model: Model) -> Model:
         adapter = known.get(type(module))
         if adapter is not None:
             module.__class__ = adapter
-        found = found or isinstance(module, Planned)
+        found = found or isinstance(module, (Adapted, Planned))
     if not found and type(model) not in _said:
         _said.add(type(model))
         warnings.warn(
@@ -73,7 +73,7 @@ def restore(model: Model) -> Model:
     if not isinstance(model, nn.Module):
         raise TypeError(f"restore: model is {type(model).__name__}, a torch.nn.Module is accepted")
     for module in model.modules():
-        if isinstance(module, Accelerated):
+        if isinstance(module, Adapted):
             module.__dict__.pop("_plans", None)
             module.__class__ = module.accelerates()  # type: ignore[assignment]
     return model
@@ -98,7 +98,7 @@ def check_model(function: str, model: object) -> None:
             raise ValueError(f"{function}: {name or 'model'} is quantized, nn.Conv2d is accepted")
 
 
-def _known_classes() -> dict[type[nn.Module], type[Accelerated]]:
+def _known_classes() -> dict[type[nn.Module], type[Adapted]]:
     """Every class with an adapter, as far as its library has been imported."""
     for library in LIBRARIES:
         if library in sys.modules and library not in _imported:

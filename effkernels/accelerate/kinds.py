@@ -22,13 +22,17 @@ from ..modules.plan import Planned
 from ..modules.squeeze_excite import fused_children, squeeze_excite
 
 
-class Accelerated(Planned):
-    """A block or a network: in evaluation its own forward pass, recorded and replayed."""
+class Adapted(nn.Module):
+    """What every class of an adapter has. Subclasses name the other library's class last."""
 
     @classmethod
     def accelerates(cls) -> type[nn.Module]:
         """The class that this one takes the place of."""
         return cls.__bases__[-1]
+
+
+class Accelerated(Adapted, Planned):
+    """A block or a network: in evaluation its own forward pass, recorded and replayed."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original's."""
@@ -55,8 +59,9 @@ class AcceleratedBlock(Accelerated):
         return super().forward(*args, **kwargs)
 
 
-class AcceleratedNormAct(Accelerated):
-    """timm's BatchNormAct2d: in training BatchNorm and activation as one op."""
+class AcceleratedNormAct(Adapted):
+    """timm's BatchNormAct2d: in training BatchNorm and activation as one op. In evaluation it is
+    part of a block's or a network's recording; alone a replay of it was slower than PyTorch."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original's."""
@@ -87,8 +92,9 @@ class AcceleratedConvNormAct(Accelerated):
         return super().forward(*args, **kwargs)
 
 
-class AcceleratedSqueezeExcite(Accelerated):
-    """Squeeze-and-excitation: in training as one op. Adapters register their children."""
+class AcceleratedSqueezeExcite(Adapted):
+    """Squeeze-and-excitation: in training as one op, in evaluation as AcceleratedNormAct. Adapters
+    register their children."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original's."""

@@ -1,5 +1,6 @@
 """timm's networks of inverted residuals: EfficientNets (V1, V2, Lite, TF), MobileNets, MnasNet,
-MixNet, FBNet, TinyNet; and its ResNets.
+MixNet, FBNet, TinyNet; and its ResNets. In evaluation some of its other convolutional networks,
+too.
 """
 # ruff: noqa: D101 -- every class here is timm's of the same name
 
@@ -7,7 +8,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from timm.layers import Conv2dSame, drop, norm_act
-from timm.models import _efficientnet_blocks, efficientnet, mobilenetv3, resnet
+from timm.models import (
+    _efficientnet_blocks,
+    byobnet,
+    convnext,
+    densenet,
+    efficientnet,
+    efficientvit_mit,
+    mobilenetv3,
+    regnet,
+    resnet,
+    rexnet,
+)
 from torch import nn
 
 from ..modules.block import Block
@@ -109,6 +121,30 @@ class ResNet(Accelerated, resnet.ResNet):
     pass
 
 
+class ByobNet(Accelerated, byobnet.ByobNet):
+    pass
+
+
+class ConvNeXt(Accelerated, convnext.ConvNeXt):
+    pass
+
+
+class DenseNet(Accelerated, densenet.DenseNet):
+    pass
+
+
+class EfficientVit(Accelerated, efficientvit_mit.EfficientVit):
+    pass
+
+
+class RegNet(Accelerated, regnet.RegNet):
+    pass
+
+
+class RexNet(Accelerated, rexnet.RexNet):
+    pass
+
+
 ADAPTERS = (
     InvertedResidual,
     DepthwiseSeparableConv,
@@ -123,4 +159,10 @@ ADAPTERS = (
     BasicBlock,
     Bottleneck,
     ResNet,
+    ByobNet,
+    ConvNeXt,
+    DenseNet,
+    EfficientVit,
+    RegNet,
+    RexNet,
 )

@@ -1,9 +1,12 @@
-"""torchvision's EfficientNets (V1, V2), MobileNets, MNASNet and ResNets."""
+"""torchvision's EfficientNets (V1, V2), MobileNets, MNASNet and ResNets; in evaluation its other
+convolutional networks, too.
+"""
 # ruff: noqa: D101 -- every class here is torchvision's of the same name
 
 from typing import Any
 
 from torch import nn
+from torchvision import models
 from torchvision.models import efficientnet, mnasnet, mobilenetv2, mobilenetv3, resnet
 from torchvision.ops import StochasticDepth, misc
 
@@ -137,6 +140,38 @@ class ResNet(Accelerated, resnet.ResNet):
     pass
 
 
+class ConvNeXt(Accelerated, models.ConvNeXt):
+    pass
+
+
+class DenseNet(Accelerated, models.DenseNet):
+    pass
+
+
+class GoogLeNet(Accelerated, models.GoogLeNet):
+    pass
+
+
+class Inception3(Accelerated, models.Inception3):
+    pass
+
+
+class RegNet(Accelerated, models.RegNet):
+    pass
+
+
+class ShuffleNetV2(Accelerated, models.ShuffleNetV2):
+    pass
+
+
+class SqueezeNet(Accelerated, models.SqueezeNet):
+    pass
+
+
+class VGG(Accelerated, models.VGG):
+    pass
+
+
 ADAPTERS = (
     MBConv,
     FusedMBConv,
@@ -150,6 +185,14 @@ ADAPTERS = (
     BasicBlock,
     Bottleneck,
     ResNet,
+    ConvNeXt,
+    DenseNet,
+    GoogLeNet,
+    Inception3,
+    RegNet,
+    ShuffleNetV2,
+    SqueezeNet,
+    VGG,
     SqueezeExcitation,
     Conv2dNormActivation,
 )

@@ -32,7 +32,7 @@ _WATCHED = (
     "padding_mode",
     "eps",
 )
-# A block or network decides by whatever plain attributes it has.
+# Classes of other libraries, and this one's, decide by whatever plain attributes they have.
 _PLAIN = (bool, int, float, str, tuple, type(None))
 # Modules that do not look at their `training`.
 _ALWAYS_THE_SAME = (
@@ -67,7 +67,7 @@ class Plan:
             state = module.__dict__
             entries.append((state, "forward", state.get("forward")))
             entries += [(state, name, state[name]) for name in _WATCHED if name in state]
-            if isinstance(module, Planned):
+            if not type(module).__module__.startswith("torch.nn."):
                 entries += [
                     (state, name, value) for name, value in state.items() if type(value) in _PLAIN
                 ]
