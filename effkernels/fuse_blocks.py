@@ -1,4 +1,5 @@
-"""Steps that make up an inverted residual, whatever module they came from, as one mbconv step."""
+"""Steps that make up an inverted residual or squeeze-and-excitation, whatever modules they came
+from, as one."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ _SIGMOID = activation_codes(["sigmoid"])[0]
 def fuse_blocks(
     steps: Sequence[Step | Call], outputs: set[Value], kernels: Any
 ) -> list[Step | Call]:
-    """``steps`` with [pointwise →] depthwise [→ squeeze-and-excitation] → pointwise made one.
+    """``steps`` with [pointwise →] depthwise [→ squeeze-and-excitation] → pointwise made one, and
+    squeeze-and-excitation elsewhere.
 
     Args:
         steps: in the order they run.
@@ -33,16 +35,22 @@ def fuse_blocks(
     producers = {value: step for step in steps for value in step.writes()}
     gone: set[int] = set()
     fused: dict[int, Step] = {}
+
+    def put(block: _Block | None) -> None:
+        if block is None:
+            return
+        parts = {id(part) for part in block.parts}
+        gone.update(parts)
+        fused[id(block.parts[0])] = block.step
+        block.step.covers = [cover for part in steps if id(part) in parts for cover in part.covers]
+        producers.update((value, block.step) for value in block.step.writes())
+
     for step in steps:
-        block = _match(step, producers, readers, kernels) if isinstance(step, Step) else None
-        if block is not None:
-            parts = {id(part) for part in block.parts}
-            gone.update(parts)
-            fused[id(step)] = block.step
-            block.step.covers = [
-                cover for part in steps if id(part) in parts for cover in part.covers
-            ]
-            producers.update((value, block.step) for value in block.step.writes())
+        if isinstance(step, Step):
+            put(_match(step, producers, readers, kernels))
+    for step in steps:  # what no block took
+        if isinstance(step, Call) and id(step) not in gone:
+            put(_match_squeeze_excite(step, producers, readers, kernels))
     return [
         fused.get(id(step), step) for step in steps if id(step) not in gone or id(step) in fused
     ]
@@ -50,7 +58,7 @@ def fuse_blocks(
 
 class _Block(NamedTuple):
     step: Step
-    parts: list[Step | Call]  # what it stands for
+    parts: list[Step | Call]  # what it stands for, the last to run first
 
 
 class _Gate(NamedTuple):
@@ -111,29 +119,65 @@ def _match_gate(
     scaling: Call, producers: dict[Value, Any], readers: Counter[Value], kernels: Any
 ) -> tuple[Any, _Gate | None]:
     """The depthwise convolution and the gate that ``scaling`` multiplies, (None, None) if not."""
-    nothing = (None, None)
+    image, mean, gate = _match_scaling(scaling, producers, readers, kernels)
+    depthwise = None if image is None else producers.get(image.root())
+    if not _is(depthwise, Kind.DEPTHWISE_CONV) or depthwise.mean is None:
+        return None, None
+    read_once = (depthwise.mean, depthwise.output, scaling.outputs[0])
+    own = depthwise.mean is mean and all(value and readers[value] == 1 for value in read_once)
+    return (depthwise, gate) if own else (None, None)
+
+
+def _match_squeeze_excite(
+    scaling: Call, producers: dict[Value, Any], readers: Counter[Value], kernels: Any
+) -> _Block | None:
+    """Squeeze-and-excitation that ``scaling`` ends, behind whatever made its image."""
+    image, mean, gate = _match_scaling(scaling, producers, readers, kernels)
+    output = scaling.outputs[0]
+    if image is None or mean is None or gate is None or output is None or readers[mean] != 1:
+        return None
+    if image.base is not None or image.dtype != output.dtype:
+        return None
+    parts, before = list(gate.parts), producers[mean]
+    if isinstance(before, Step):
+        if before.output is not image or before.mean is not mean:
+            return None
+        before.mean = None  # the step computes its own
+    else:
+        (input, axes, *_), _ = before.arguments
+        if before.function is not aten.mean.dim or input is not image:
+            return None
+        if sorted(axis % 4 for axis in axes) != [2, 3]:
+            return None
+        parts.append(before)
+    step = Step(Kind.SQUEEZE_EXCITE, image, output, gate.weights, gate.activations)
+    return _Block(step, parts)
+
+
+def _match_scaling(
+    scaling: Call, producers: dict[Value, Any], readers: Counter[Value], kernels: Any
+) -> tuple[Value | None, Value | None, _Gate | None]:
+    """What ``scaling`` multiplies, the means that the factors come from and how; or nothing."""
+    nothing = (None, None, None)
     args, kwargs = scaling.arguments
     if scaling.function is not aten.mul.Tensor or kwargs or len(args) != 2:
         return nothing
     output = scaling.outputs[0]
-    if not all(isinstance(arg, Value) for arg in args) or output is None or readers[output] != 1:
+    if not all(isinstance(arg, Value) for arg in args) or output is None:
         return nothing
     image, factor = args if args[0].shape == output.shape else args[::-1]
-    depthwise, expand = producers.get(image.root()), producers.get(factor.root())
-    if not _is(depthwise, Kind.DEPTHWISE_CONV) or not _is_dense_on_vectors(expand, readers):
+    if len(image.shape) != 4 or factor.shape != (*image.shape[:2], 1, 1):
+        return nothing
+    expand = producers.get(factor.root())
+    if not _is_dense_on_vectors(expand, readers):
         return nothing
     reduce = producers.get(expand.input.root())
-    if not _is_dense_on_vectors(reduce, readers) or readers[depthwise.output] != 1:
+    if not _is_dense_on_vectors(reduce, readers):
         return nothing
-    if factor.shape != (*image.shape[:2], 1, 1) or depthwise.mean is not reduce.input.root():
-        return nothing
-    if readers[depthwise.mean] != 1:
-        return nothing
-    assert reduce.source is not None and expand.source is not None
-    matrices = kernels.pack_gate(reduce.source.flatten(1), expand.source.flatten(1))
+    matrices = kernels.pack_gate(_matrix(reduce), _matrix(expand))
     weights = (matrices[0], reduce.weights[2], matrices[1], expand.weights[2])
     activations = [*reduce.activations, *expand.activations]
-    return depthwise, _Gate(weights, activations, [scaling, reduce, expand])
+    return image, reduce.input.root(), _Gate(weights, activations, [scaling, reduce, expand])
 
 
 def _is(step: Any, kind: Kind) -> TypeGuard[Step]:
@@ -145,9 +189,17 @@ def _is_dense_on_vectors(step: Any, readers: Counter[Value]) -> TypeGuard[Step]:
     return (
         _is(step, Kind.POINTWISE_CONV)
         and step.source is not None
-        and step.weights[1] is None
+        # A scale goes into the weights, if that does not round them a second time.
+        and (step.weights[1] is None or step.source.dtype == torch.float32)
         and step.residual is None
         and step.mean is None
         and step.input.images()[:2] == (1, 1)
         and readers[step.output] == 1
     )
+
+
+def _matrix(dense: Step) -> Tensor:
+    """A fully connected layer's weights, [K, C]."""
+    assert dense.source is not None
+    matrix, scale = dense.source.flatten(1), dense.weights[1]
+    return matrix if scale is None else matrix * scale[:, None]

@@ -40,6 +40,7 @@ class Kind(IntEnum):
     MBCONV = 3
     SQUEEZE_EXCITE = 4
     SILU = 5
+    BATCH_NORM_ACT = 6
 
 
 @dataclass(eq=False)

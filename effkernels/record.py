@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,6 +52,7 @@ _RESHAPES = (
     aten.alias.default,
     aten.detach.default,
 )
+_BATCH_NORMS = (aten.native_batch_norm.default, aten._native_batch_norm_legit_no_training.default)
 _CONV2D_DEFAULTS = (None, None, None, [1, 1], [0, 0], [1, 1], 1)
 # What to call instead: a replay's tensors are not changed, and may have another memory format.
 _FUNCTIONAL = {
@@ -60,6 +61,24 @@ _FUNCTIONAL = {
     aten.view.default: aten.reshape.default,
     aten._unsafe_view.default: aten.reshape.default,
 }
+
+
+class _BatchNorm(NamedTuple):
+    """Arguments of PyTorch's ops for BatchNorm after their input."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Tensor | None
+    var: Any
+    training: bool
+    momentum: float
+    eps: float
+
+
+def _batch_norm_arguments(func: Any, args: tuple[Any, ...]) -> _BatchNorm:
+    if func is aten.native_batch_norm.default:
+        return _BatchNorm(*args[1:])
+    return _BatchNorm._make((*args[1:5], False, *args[5:]))
 
 
 class CannotRecord(Exception):
@@ -180,6 +199,9 @@ class _Notes:
             return operator.shape_rule(*args)
         if x.dim() != 4:
             return None
+        if func in _BATCH_NORMS:
+            training = _batch_norm_arguments(func, args).training
+            return None if training else (torch.empty_like(x), x.new_empty(0), x.new_empty(0))
         if func is aten.mean.dim and args[1:] in (([-1, -2], True), ([2, 3], True)):
             return x.new_empty(*x.shape[:2], 1, 1)
         if func in (aten.add.Tensor, aten.mul.Tensor) and self._find(args[1]) is not None:
@@ -296,8 +318,8 @@ class _Notes:
             codes = activation_codes([_ACTIVATIONS[func]])
             self.steps.append(Step(Kind.SILU, input, self._new(result), (), codes))
             return True
-        if func is aten.native_batch_norm.default and args[5]:
-            raise CannotRecord("a BatchNorm is in training")
+        if func in _BATCH_NORMS:
+            return self._note_batch_norm(_batch_norm_arguments(func, args), input, result)
         if func is aten.convolution.default:
             return self._note_convolution(args, input, result)
         return self._note_op(func, args, input, result)
@@ -349,6 +371,23 @@ class _Notes:
         step = Step(kind, input, self._new(result), packed.weights, packed.activations)
         step.geometry, step.planar, step.source = packed.geometry, planar, weight
         self.steps.append(step)
+        return True
+
+    def _note_batch_norm(self, args: _BatchNorm, input: Value, result: Any) -> bool:
+        """Normalisation with running statistics; the convolution before may yet take it over."""
+        if args.training:
+            raise CannotRecord("a BatchNorm is in training")
+        vectors = args.mean, args.var, args.weight, args.bias
+        if args.mean is None or any(self._find(vector) is not None for vector in vectors):
+            return False
+        output, *statistics = result
+        if any(vector.numel() > 0 for vector in statistics):
+            return False  # somebody may look at them
+        # In double, so that folded into a convolution it errs no more than the original.
+        vectors = (args.mean, args.var.double() + args.eps, args.weight, args.bias)
+        weights = tuple(None if vector is None else vector.float() for vector in vectors)
+        codes = activation_codes(["none"])
+        self.steps.append(Step(Kind.BATCH_NORM_ACT, input, self._new(output), weights, codes))
         return True
 
     def _note_op(self, func: Any, args: tuple[Any, ...], input: Value, result: Any) -> bool:

@@ -20,6 +20,7 @@ from .program import Call, Kind, Step, Value
 aten = torch.ops.aten
 
 _CONVOLUTIONS = (Kind.CONV, Kind.POINTWISE_CONV, Kind.DEPTHWISE_CONV)
+_WITH_EPILOGUE = (*_CONVOLUTIONS, Kind.BATCH_NORM_ACT)
 _NO_ACTIVATION, _SILU, _SIGMOID = ([code] for code in activation_codes(("none", "silu", "sigmoid")))
 
 
@@ -50,7 +51,7 @@ class _Simplifier:
             if isinstance(step, Step):
                 if step.kind in _CONVOLUTIONS:
                     self._take_padding(step)
-                producer = self._absorb_activation(step)
+                producer = self._absorb_step(step)
             else:
                 producer = self._absorb_call(step)
             for value in step.writes():
@@ -61,12 +62,12 @@ class _Simplifier:
                 producer.covers += step.covers
         return self._without_unread(kept)
 
-    def _open(self, value: Value) -> Step | None:
-        """The convolution that made ``value``, if its epilogue may go on."""
+    def _open(self, value: Value, kinds: Sequence[Kind] = _WITH_EPILOGUE) -> Step | None:
+        """The step that made ``value``, if its epilogue may go on."""
         step = self._producers.get(value.root())
         if (
             isinstance(step, Step)
-            and step.kind in _CONVOLUTIONS
+            and step.kind in kinds
             and step.output is value.root()
             and step.activations == _NO_ACTIVATION
             and step.mean is None
@@ -98,7 +99,10 @@ class _Simplifier:
                 return Step(Kind.SILU, input, output, (), _SILU, covers=call.covers)
         return call
 
-    def _absorb_activation(self, step: Step) -> Step | None:
+    def _absorb_step(self, step: Step) -> Step | Call | None:
+        """The step that does the work of ``step`` from now on."""
+        if step.kind == Kind.BATCH_NORM_ACT:
+            return self._absorb_batch_norm(step)
         producer = self._open(step.input) if step.kind == Kind.SILU else None
         if producer is not None:
             producer.activations = step.activations
@@ -108,35 +112,15 @@ class _Simplifier:
     def _absorb_call(self, call: Call) -> Step | Call | None:
         """The step that does the work of ``call`` from now on."""
         (args, kwargs), function = call.arguments, call.function
-        if function is aten.native_batch_norm.default and not kwargs:
-            input, weight, bias, mean, var, training, _, eps = args
-            if not training:
-                return self._absorb_batch_norm(call, input, weight, bias, mean, var, eps)
-        if function is aten._native_batch_norm_legit_no_training.default and not kwargs:
-            input, weight, bias, mean, var, _, eps = args
-            return self._absorb_batch_norm(call, input, weight, bias, mean, var, eps)
         if function is aten.add.Tensor and not kwargs and len(args) == 2:
             return self._absorb_residual(call, *args)
         if function is aten.mean.dim and (len(args) < 3 or args[2] in (True, False)):
             return None if kwargs else self._absorb_mean(call, *args[:2])
         return None
 
-    def _absorb_batch_norm(
-        self,
-        call: Call,
-        input: Value,
-        weight: Any,
-        bias: Any,
-        mean: Any,
-        var: Any,
-        eps: float,
-    ) -> Step | Call | None:
-        if mean is None or call.outputs[0] is None:
-            return None
-        if any(value in self._readers for value in call.outputs[1:] if value is not None):
-            return None
-        producer = self._open(input) or self._foldable_call(input)
-        if producer is None:
+    def _absorb_batch_norm(self, norm: Step) -> Step | Call | None:
+        producer = self._open(norm.input, _CONVOLUTIONS) or self._foldable_call(norm.input)
+        if producer is None or norm.residual is not None:
             return None
         if isinstance(producer, Step):
             matrix, scale, shift, *transformed = producer.weights
@@ -144,20 +128,19 @@ class _Simplifier:
                 return None
         else:
             (x, matrix, shift, *rest), kwargs = producer.arguments
-        # In double, so that the folded network errs no more than the original.
-        factor = (var.double() + eps).rsqrt()
-        if weight is not None:
-            factor = factor * weight.double()
-        center = mean.double() if shift is None else mean.double() - shift.double()
-        offset = -center * factor if bias is None else bias.double() - center * factor
+        mean, var, weight, bias = (None if v is None else v.double() for v in norm.weights)
+        assert mean is not None and var is not None
+        factor = var.rsqrt() if weight is None else var.rsqrt() * weight
+        center = mean if shift is None else mean - shift.double()
+        offset = -center * factor if bias is None else bias - center * factor
         if isinstance(producer, Step):
             producer.weights = (matrix, factor.float(), offset.float(), *transformed)
-            producer.output = call.outputs[0]
+            producer.output = norm.output
         else:
             assert matrix is not None
             folded = (matrix.double() * factor.view(-1, 1, 1, 1)).to(matrix)
             producer.arguments = (x, folded, offset.to(matrix), *rest), kwargs
-            producer.outputs = call.outputs[:1]
+            producer.outputs = [norm.output]
         return producer
 
     def _foldable_call(self, value: Value) -> Call | None:

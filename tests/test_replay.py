@@ -451,8 +451,8 @@ def test_a_norm_goes_into_a_foreign_convolution(bias: bool) -> None:
         hidden = grouped(x)
         return n(hidden) + hidden
 
-    unfolded = {"aten::convolution": 1, "aten::native_batch_norm": 1}
-    check(read_twice, {**unfolded, "aten::add": 1})
+    unfolded = {"aten::convolution": 1, "batch_norm_act": 1}
+    check(read_twice, unfolded)  # which adds it, too
     check(lambda x: [y := grouped(x), n(y)], unfolded)
     wide = nn.ConvTranspose2d(8, 8, 3)
     check(lambda x: n(wide(x)), unfolded)
@@ -482,7 +482,7 @@ def test_what_must_not_fuse() -> None:
         return [hidden, hidden.relu()]
 
     check(read_twice, {"conv": 1, "silu": 1, "aten::add": 1})
-    check(added_then_normalised, {"conv": 1, "aten::native_batch_norm": 1})
+    check(added_then_normalised, {"conv": 1, "batch_norm_act": 1})
     check(activated_then_added, {"conv": 1, "aten::add": 1})
     check(wanted, {"conv": 1, "silu": 1})
     check(lambda x: a(x) + torch.ones(8, 9, 10), {"conv": 1, "aten::add": 1})
@@ -525,6 +525,60 @@ def test_inverted_residuals() -> None:
     check(
         lambda x: gated(x, lambda _, m: other(silu(reduce(m)) + reduce(m)).sigmoid()),
         {"pointwise_conv": 5, "depthwise_conv": 1, "aten::mul": 1},
+    )
+
+
+def test_squeeze_excite() -> None:
+    """Wherever it is: behind other convolutions, other ops, with a norm in it."""
+    a, point, grouped = conv(), nn.Conv2d(8, 8, 1).eval(), nn.Conv2d(8, 8, 3, 1, 1, groups=2).eval()
+    reduce, widen, n = nn.Conv2d(8, 4, 1).eval(), nn.Conv2d(4, 8, 1).eval(), norm(4)
+
+    def squeezed(x: Tensor, inner: Callable[[Tensor], Tensor] = reduce, sides: Any = (2, 3)) -> Any:
+        mean = x.mean(sides, keepdim=True)
+        return x * widen(inner(mean).relu()).sigmoid()
+
+    check(squeezed, {"squeeze_excite": 1})
+    check(lambda x: squeezed(a(x)), {"conv": 1, "squeeze_excite": 1})
+    check(lambda x: squeezed(point(x).relu()), {"pointwise_conv": 1, "squeeze_excite": 1})
+    check(lambda x: squeezed(grouped(x)), {"aten::convolution": 1, "squeeze_excite": 1})
+    check(lambda x: squeezed(a(x), lambda m: n(reduce(m))), {"conv": 1, "squeeze_excite": 1})
+    check(lambda x: squeezed(x, sides=(-1, -2)), {"squeeze_excite": 1})
+
+    parts = {"pointwise_conv": 2, "aten::mean": 1, "aten::mul": 1}
+
+    def mean_is_read_twice(x: Tensor) -> Tensor:
+        mean = x.mean((2, 3), keepdim=True)
+        return x * widen(reduce(mean)).sigmoid() + mean
+
+    def mean_is_wanted(x: Tensor) -> list[Tensor]:
+        mean = x.mean((2, 3), keepdim=True)
+        return [x * widen(reduce(mean)).sigmoid(), mean]
+
+    def of_another(x: Tensor) -> Tensor:
+        hidden = a(x)
+        return hidden * widen(reduce(x.mean((2, 3), keepdim=True))).sigmoid()
+
+    check(mean_is_read_twice, {**parts, "aten::add": 1})
+    check(mean_is_wanted, parts)
+    check(of_another, {**parts, "conv": 1})
+
+
+def test_norm_alone() -> None:
+    """One pass with the addition and the activation behind it."""
+    a, n, plain, flat = conv(), norm(), norm(), nn.BatchNorm1d(8).eval()
+    plain.weight = plain.bias = None
+    check(lambda x: n(x).relu(), {"batch_norm_act": 1})
+    check(lambda x: (n(x) + x).relu(), {"batch_norm_act": 1})
+    check(lambda x: a(plain(x)), {"batch_norm_act": 1, "conv": 1})
+    check(lambda x: plain(n(x)), {"batch_norm_act": 2})
+    check(lambda x: n(a(x).relu()), {"batch_norm_act": 1, "conv": 1})
+    check(lambda x: flat(x.mean((2, 3))), {"aten::mean": 1, "batch_norm_act": 1})
+    check(lambda x: [y := n(x), y.relu()], {"batch_norm_act": 1, "silu": 1})
+    check(
+        lambda x: torch.ops.aten._native_batch_norm_legit_no_training(
+            x, n.weight, n.bias, n.running_mean, n.running_var, 0.1, 1e-3
+        )[0],
+        {"batch_norm_act": 1},
     )
 
 

@@ -6,6 +6,7 @@
 #include <unordered_map>
 #include <variant>
 
+#include "batch_norm_act/batch_norm_act.h"
 #include "common/scratch.h"
 #include "conv/conv.h"
 #include "depthwise_conv/depthwise_conv.h"
@@ -21,7 +22,15 @@ namespace {
 // geometry, activations, weights (indices, -1: none; in the order of the op's own arguments).
 constexpr size_t kPlanarAt = 5, kGeometryAt = 6, kActivationsAt = 14, kWeightsAt = 18;
 constexpr size_t kStepNumbers = 31;
-enum Kind : int64_t { kConv, kPointwiseConv, kDepthwiseConv, kMBConv, kSqueezeExcite, kSilu };
+enum Kind : int64_t {
+  kConv,
+  kPointwiseConv,
+  kDepthwiseConv,
+  kMBConv,
+  kSqueezeExcite,
+  kSilu,
+  kBatchNormAct
+};
 
 struct Value {
   int64_t height, width, channels, place;
@@ -32,7 +41,7 @@ struct Value {
 struct Step {
   // With everything that does not change from run to run.
   std::variant<ConvArgs, PointwiseConvArgs, DepthwiseConvArgs, MBConvArgs, SqueezeExciteArgs,
-               SiluArgs>
+               SiluArgs, BatchNormActArgs>
       args;
   int64_t input, residual, output, mean;
 };
@@ -44,11 +53,13 @@ void call(const DepthwiseConvArgs& args) { depthwise_conv_cpu(args); }
 void call(const MBConvArgs& args) { mbconv_cpu(args); }
 void call(const SqueezeExciteArgs& args) { squeeze_excite_cpu(args); }
 void call(const SiluArgs& args) { silu_cpu(args); }
+void call(const BatchNormActArgs& args) { batch_norm_act_cpu(args); }
 
 void set_residual(ConvArgs& args, const void* residual) { args.epilogue.residual = residual; }
 void set_residual(PointwiseConvArgs& args, const void* residual) {
   args.epilogue.residual = residual;
 }
+void set_residual(BatchNormActArgs& args, const void* residual) { args.residual = residual; }
 void set_residual(MBConvArgs& args, const void* residual) { args.project.residual = residual; }
 template <class Args>
 void set_residual(Args&, const void* residual) {
@@ -210,6 +221,18 @@ class Program {
       case kSilu: {
         check_same(in, out);
         SiluArgs args{};
+        args.activation = activation_of(activation(0));
+        result.args = args;
+        break;
+      }
+      case kBatchNormAct: {
+        check_same(in, out);
+        BatchNormActArgs args{};
+        // Read only: they are written in training.
+        args.mean = const_cast<float*>(floats("mean", required(0), in.channels));
+        args.var = const_cast<float*>(floats("var", required(1), in.channels));
+        args.weight = floats("weight", weight(2), in.channels);
+        args.bias = floats("bias", weight(3), in.channels);
         args.activation = activation_of(activation(0));
         result.args = args;
         break;

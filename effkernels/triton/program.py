@@ -185,6 +185,13 @@ def _make_run(step: Step, stored: bool) -> _Run:
     if step.kind == Kind.SQUEEZE_EXCITE:
         squeeze_excite = function("squeeze_excite")
         return lambda input, _: (squeeze_excite(input, *weights, *names), None)
+    if step.kind == Kind.BATCH_NORM_ACT:
+        norm = function("batch_norm_act")
+        mean, var, *affine = weights  # var has eps in it
+        return lambda input, residual: (
+            norm(input, *affine, mean, var, residual, False, 0.0, *names)[0],
+            None,
+        )
     silu = function("silu")
     return lambda input, _: (silu(input, *names), None)
 

@@ -252,6 +252,26 @@ def test_graph_of_a_gpu_program(device):
     assert SimpleNamespace(**report.to_dict()).rows
 
 
+class _NormAndGate(torch.nn.Module):
+    """BatchNorm in front, and squeeze-and-excitation that is in no block."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.act = torch.nn.BatchNorm2d(8), torch.nn.ReLU()
+        self.squeeze_excite = torchvision.ops.SqueezeExcitation(8, 4)
+
+    def forward(self, x):
+        return self.squeeze_excite(self.act(self.norm(x) + x))
+
+
+def test_norms_and_gates_of_a_gpu_program(device):
+    network = make_realistic(_NormAndGate()).eval().to(device)
+    frozen, input = ek.freeze(network), torch.randn(2, 8, 5, 5, device=device)
+    torch.testing.assert_close(frozen(input), network(input))
+    steps = [(row.op, row.backend) for row in ek.explain(frozen, input)]
+    assert steps == [("batch_norm_act", "triton"), ("squeeze_excite", "triton")]
+
+
 @pytest.mark.parametrize("change", [ek.freeze, ek.accelerate], ids=["freeze", "accelerate"])
 def test_network_of_another_library(device, change):
     """torchvision's blocks become steps of one GPU program, SE, residuals and head included."""
