@@ -282,10 +282,12 @@ def _run(step: Step | Call, tensors: dict[Value, Tensor], replay: Replay) -> flo
         leaves, _ = tree_flatten(step.function(*args, **kwargs))
         tensors.update((v, leaf) for v, leaf in zip(step.outputs, leaves, strict=True) if v)
         return _time(lambda: step.function(*args, **kwargs))
-    program = replay.program([step], set(step.writes()))
+    # Copies into one value are a value together.
+    together = [s for s in replay.steps if isinstance(s, Step) and s.output is step.output]
+    program = replay.program(together, set(step.writes()))
     inputs = [tensors[value] for value in program.inputs]
     tensors.update(zip(program.outputs, program(inputs), strict=True))
-    return _time(lambda: program(inputs))
+    return _time(lambda: program(inputs)) / len(together)
 
 
 def _time(function: Callable[[], Any]) -> float:

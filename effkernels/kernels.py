@@ -1,8 +1,8 @@
 """The backends whose kernels a recorded forward pass can be made of.
 
-Each is a module with ``NAME``, ``can_run``, ``variant``, functions ``pack_<op>`` that give an op's
-weights, geometry and activations as its kernels take them, and ``Program``, steps in a row as one
-call.
+Each is a module with ``NAME``, ``COPIES``, ``can_run``, ``variant``, functions ``pack_<op>`` that
+give an op's weights, geometry and activations as its kernels take them, and ``Program``, steps in a
+row as one call.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from .program import Program as Program  # one of the names that effkernels/kern
 
 NAME = "native"  # of this backend
 _PANEL = 16  # output channels side by side in packed weights; csrc/common/gemm.h kPanel
+COPIES = True  # programs copy channels: tensors next to each other, and parts of one
 _NO_GEOMETRY = [1, 1, 1, 1, 1, 1, 0, 0]
 IMAGE_CHANNELS = 4  # at most; with more, values of a pixel next to each other read faster
 MBCONV_RESIDUAL = 16  # place of `residual` among mbconv's arguments after its input

@@ -39,8 +39,9 @@ class Kind(IntEnum):
     DEPTHWISE_CONV = 2
     MBCONV = 3
     SQUEEZE_EXCITE = 4
-    SILU = 5
+    SILU = 5  # of the sum, where there is a residual
     BATCH_NORM_ACT = 6
+    COPY = 7  # channels of the input to channels of the output; geometry: from, to, how many
 
 
 @dataclass(eq=False)
@@ -188,7 +189,7 @@ class Program:
             value not in hidden and any(step.planar and step.input is value for step in steps)
             for value in self.inputs
         ]
-        self.outputs = [value for step in steps for value in step.writes() if value in wanted]
+        self.outputs = outputs_of(steps, wanted)
         external = [*self.inputs, *self.outputs]
         places = {value: -1 - index for index, value in enumerate(external)}
         places.update(_arena(steps, set(external)))
@@ -242,6 +243,11 @@ class Program:
         return outputs
 
 
+def outputs_of(steps: Sequence[Step], wanted: set[Value]) -> list[Value]:
+    """What ``steps`` write, several of them perhaps each a part, of what is ``wanted``."""
+    return [v for v in dict.fromkeys(v for step in steps for v in step.writes()) if v in wanted]
+
+
 def inputs_of(steps: Sequence[Step]) -> list[Value]:
     """What ``steps`` read and do not write before."""
     written: set[Value] = set()
@@ -280,7 +286,7 @@ def _arena(steps: Sequence[Step], external: set[Value]) -> dict[Value, int]:
     for index, step in enumerate(steps):
         living = [entry for entry in living if last[entry[2]] >= index]
         for value in step.writes():
-            if value in external:
+            if value in external or value in offsets:
                 continue
             height, width, channels = value.images()
             size = -(-height * width * channels // unit) * unit

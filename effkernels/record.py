@@ -9,7 +9,7 @@ recorded shape and dtype, as long as nothing changes that the forward pass read:
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -53,6 +53,8 @@ _RESHAPES = (
     aten.detach.default,
 )
 _BATCH_NORMS = (aten.native_batch_norm.default, aten._native_batch_norm_legit_no_training.default)
+_ADDITIONS = (aten.add.Tensor, aten.add_.Tensor)
+_SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
 _CONV2D_DEFAULTS = (None, None, None, [1, 1], [0, 0], [1, 1], 1)
 # What to call instead: a replay's tensors are not changed, and may have another memory format.
 _FUNCTIONAL = {
@@ -303,6 +305,8 @@ class _Notes:
         """Note what a program can do; False: it cannot."""
         if func is aten.addmm.default:
             return self._note_linear(args, result)
+        if func is aten.cat.default:
+            return self._note_cat(*args, output=result)
         input = self._find(args[0])
         if (
             input is None
@@ -322,6 +326,12 @@ class _Notes:
             return self._note_batch_norm(_batch_norm_arguments(func, args), input, result)
         if func is aten.convolution.default:
             return self._note_convolution(args, input, result)
+        if func in _ADDITIONS:
+            return self._note_addition(*args, output=result)
+        if func in _SPLITS:
+            return self._note_split(*args, outputs=result)
+        if func is aten.slice.Tensor:
+            return self._note_slice(*args, output=result)
         return self._note_op(func, args, input, result)
 
     def _note_reshape(self, input: Value, result: Tensor) -> bool:
@@ -332,6 +342,71 @@ class _Notes:
             return False
         self._name(result, Value(tuple(result.shape), result.dtype, base=input))
         return True
+
+    def _note_addition(self, a: Tensor, b: Any, *, output: Tensor) -> bool:
+        """The sum of two values; the convolution before may yet take it over."""
+        one, other = self._values[id(a)], self._find(b)
+        if other is None or not one.shape == other.shape == tuple(output.shape):
+            return False
+        if not one.dtype == other.dtype == output.dtype:
+            return False
+        step = Step(Kind.SILU, one, self._new(output), (), activation_codes(["none"]))
+        step.residual = other
+        self.steps.append(step)
+        return True
+
+    def _note_cat(self, tensors: list[Tensor], dim: int = 0, *, output: Tensor) -> bool:
+        """Tensors side by side in their channels."""
+        values = [self._find(tensor) for tensor in tensors]
+        if not self._kernels.COPIES or self._kernels.can_run(output) is not None:
+            return False
+        if output.dim() not in (2, 4) or dim % output.dim() != 1:
+            return False
+        if any(v is None or v.dtype != output.dtype or v.shape[1] == 0 for v in values):
+            return False
+        whole, at = self._new(output), 0
+        for value in values:
+            assert value is not None
+            channels = value.shape[1]
+            self._note_copy(value, whole, 0, at, channels)
+            at += channels
+        return True
+
+    def _note_split(
+        self, x: Tensor, sizes: Any, dim: int = 0, *, outputs: Sequence[Tensor]
+    ) -> bool:
+        """Parts of the channels."""
+        if not self._kernels.COPIES or dim % x.dim() != 1:
+            return False
+        at = 0
+        for part in outputs:
+            self._note_copy(self._values[id(x)], self._new(part), at, 0, part.shape[1])
+            at += part.shape[1]
+        return True
+
+    def _note_slice(
+        self,
+        x: Tensor,
+        dim: int = 0,
+        start: int | None = None,
+        end: int | None = None,
+        step: int = 1,
+        *,
+        output: Tensor,
+    ) -> bool:
+        """Some channels in a row."""
+        if not self._kernels.COPIES or dim % x.dim() != 1 or step != 1 or output is x:
+            return False
+        channels = range(x.shape[1])[start:end]
+        if len(channels) == 0:
+            return False
+        self._note_copy(self._values[id(x)], self._new(output), channels[0], 0, len(channels))
+        return True
+
+    def _note_copy(self, input: Value, output: Value, start: int, to: int, count: int) -> None:
+        step = Step(Kind.COPY, input, output, (), activation_codes(["none"]))
+        step.geometry = [start, to, count, 0, 0, 0, 0, 0]
+        self.steps.append(step)
 
     def _note_linear(self, args: tuple[Any, ...], result: Tensor) -> bool:
         """addmm(bias, x, weight transposed) as a product over the channels of one pixel."""

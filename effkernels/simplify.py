@@ -20,7 +20,7 @@ from .program import Call, Kind, Step, Value
 aten = torch.ops.aten
 
 _CONVOLUTIONS = (Kind.CONV, Kind.POINTWISE_CONV, Kind.DEPTHWISE_CONV)
-_WITH_EPILOGUE = (*_CONVOLUTIONS, Kind.BATCH_NORM_ACT)
+_WITH_EPILOGUE = (*_CONVOLUTIONS, Kind.BATCH_NORM_ACT, Kind.SILU)
 _NO_ACTIVATION, _SILU, _SIGMOID = ([code] for code in activation_codes(("none", "silu", "sigmoid")))
 
 
@@ -40,6 +40,7 @@ class _Simplifier:
         self._outputs = outputs
         self._readers = Counter(value for step in steps for value in set(step.reads()))
         self._producers: dict[Value, Step | Call] = {}
+        self._copies: dict[Value, list[Step]] = {}  # into a value
         self._order: dict[int, int] = {}
 
     def run(self) -> list[Step | Call]:
@@ -51,6 +52,8 @@ class _Simplifier:
             if isinstance(step, Step):
                 if step.kind in _CONVOLUTIONS:
                     self._take_padding(step)
+                if step.kind == Kind.COPY:
+                    self._copies.setdefault(step.output, []).append(step)
                 producer = self._absorb_step(step)
             else:
                 producer = self._absorb_call(step)
@@ -63,7 +66,7 @@ class _Simplifier:
         return self._without_unread(kept)
 
     def _open(self, value: Value, kinds: Sequence[Kind] = _WITH_EPILOGUE) -> Step | None:
-        """The step that made ``value``, if its epilogue may go on."""
+        """The step that made ``value``, if its epilogue may go on: an addition is one, too."""
         step = self._producers.get(value.root())
         if (
             isinstance(step, Step)
@@ -76,6 +79,35 @@ class _Simplifier:
         ):
             return step
         return None
+
+    def _open_parts(self, value: Value, kinds: Sequence[Kind]) -> list[tuple[Step, slice]]:
+        """The steps that made the channels of ``value``, where the epilogues of all may go on."""
+        step = self._open(value, kinds)
+        if step is not None:
+            return [(step, slice(None))]
+        copies = self._copies.get(value, [])
+        if value in self._outputs or self._readers[value] != 1:
+            return []
+        parts = []
+        for copy in copies:
+            begin, to, count, *_ = copy.geometry
+            step = self._open(copy.input, kinds)
+            if step is None or begin != 0 or count != copy.input.shape[1]:
+                return []
+            parts.append((step, slice(to, to + count)))
+        return parts
+
+    def _rename(self, value: Value, parts: list[tuple[Step, slice]], new: Value) -> Step:
+        """``new`` is made instead of ``value``; by what?"""
+        copies = self._copies.pop(value, None)
+        if copies is None:
+            ((step, _),) = parts
+            step.output = new
+            return step
+        for copy in copies:
+            copy.output = new
+        self._copies[new] = copies
+        return copies[-1]
 
     def _as_silu(self, call: Call) -> Step | Call:
         """x · sigmoid(x), written out by networks from before PyTorch had SiLU, as one step."""
@@ -103,45 +135,39 @@ class _Simplifier:
         """The step that does the work of ``step`` from now on."""
         if step.kind == Kind.BATCH_NORM_ACT:
             return self._absorb_batch_norm(step)
-        producer = self._open(step.input) if step.kind == Kind.SILU else None
-        if producer is not None:
-            producer.activations = step.activations
-            producer.output = step.output
-        return producer
+        if step.kind == Kind.SILU and step.residual is not None:
+            return self._absorb_residual(step.output, step.input, step.residual)
+        parts = self._open_parts(step.input, _WITH_EPILOGUE) if step.kind == Kind.SILU else []
+        for part, _ in parts:
+            part.activations = step.activations
+        return self._rename(step.input, parts, step.output) if parts else None
 
     def _absorb_call(self, call: Call) -> Step | Call | None:
         """The step that does the work of ``call`` from now on."""
         (args, kwargs), function = call.arguments, call.function
-        if function is aten.add.Tensor and not kwargs and len(args) == 2:
-            return self._absorb_residual(call, *args)
         if function is aten.mean.dim and (len(args) < 3 or args[2] in (True, False)):
             return None if kwargs else self._absorb_mean(call, *args[:2])
         return None
 
     def _absorb_batch_norm(self, norm: Step) -> Step | Call | None:
-        producer = self._open(norm.input, _CONVOLUTIONS) or self._foldable_call(norm.input)
-        if producer is None or norm.residual is not None:
+        if norm.residual is not None:
             return None
-        if isinstance(producer, Step):
-            matrix, scale, shift, *transformed = producer.weights
-            if producer.residual is not None or scale is not None:
-                return None
-        else:
-            (x, matrix, shift, *rest), kwargs = producer.arguments
-        mean, var, weight, bias = (None if v is None else v.double() for v in norm.weights)
-        assert mean is not None and var is not None
-        factor = var.rsqrt() if weight is None else var.rsqrt() * weight
-        center = mean if shift is None else mean - shift.double()
-        offset = -center * factor if bias is None else bias - center * factor
-        if isinstance(producer, Step):
-            producer.weights = (matrix, factor.float(), offset.float(), *transformed)
-            producer.output = norm.output
-        else:
-            assert matrix is not None
+        call = self._foldable_call(norm.input)
+        if call is not None:
+            (x, matrix, shift, *rest), kwargs = call.arguments
+            factor, offset = _scale_and_shift(norm, slice(None), shift)
             folded = (matrix.double() * factor.view(-1, 1, 1, 1)).to(matrix)
-            producer.arguments = (x, folded, offset.to(matrix), *rest), kwargs
-            producer.outputs = [norm.output]
-        return producer
+            call.arguments = (x, folded, offset.to(matrix), *rest), kwargs
+            call.outputs = [norm.output]
+            return call
+        parts = self._open_parts(norm.input, _CONVOLUTIONS)
+        if not parts or any(p.residual is not None or p.weights[1] is not None for p, _ in parts):
+            return None
+        for part, channels in parts:
+            matrix, _, shift, *transformed = part.weights
+            factor, offset = _scale_and_shift(norm, channels, shift)
+            part.weights = (matrix, factor.float(), offset.float(), *transformed)
+        return self._rename(norm.input, parts, norm.output)
 
     def _foldable_call(self, value: Value) -> Call | None:
         """PyTorch's convolution that made ``value``, if a scale and shift may go into its weights:
@@ -159,11 +185,8 @@ class _Simplifier:
         exact = constant and weight.dtype == torch.float32  # twice rounded would be worse
         return call if exact and weight.dim() == 4 and not transposed else None
 
-    def _absorb_residual(self, call: Call, a: Any, b: Any) -> Step | None:
-        output = call.outputs[0]
-        if not isinstance(a, Value) or not isinstance(b, Value) or a is b or output is None:
-            return None
-        if not a.shape == b.shape == output.shape or not a.dtype == b.dtype == output.dtype:
+    def _absorb_residual(self, output: Value, a: Value, b: Value) -> Step | None:
+        if a is b:
             return None
         # Both have to be there: the one that comes last adds the other.
         for value, other in ((a, b), (b, a)):
@@ -215,3 +238,15 @@ class _Simplifier:
                 wanted.update(step.reads())
                 kept.append(step)
         return kept[::-1]
+
+
+def _scale_and_shift(norm: Step, channels: slice, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What ``norm`` does to channels after ``bias`` was added, as a multiply and an add.
+
+    In double, so that the folded network errs no more than the original.
+    """
+    mean, var, weight, shift = (None if v is None else v[channels].double() for v in norm.weights)
+    assert mean is not None and var is not None
+    scale = var.rsqrt() if weight is None else var.rsqrt() * weight
+    center = mean if bias is None else mean - bias.double()
+    return scale, -center * scale if shift is None else shift - center * scale

@@ -1,6 +1,7 @@
 #include "bindings/program.h"
 
 #include <array>
+#include <cstring>
 #include <memory>
 #include <mutex>
 #include <unordered_map>
@@ -29,7 +30,8 @@ enum Kind : int64_t {
   kMBConv,
   kSqueezeExcite,
   kSilu,
-  kBatchNormAct
+  kBatchNormAct,
+  kCopy
 };
 
 struct Value {
@@ -38,10 +40,21 @@ struct Value {
   Images images(int64_t count) const { return {count, height, width, channels}; }
 };
 
+// Channels [from, from + count) of the input become channels [to, to + count) of the output; what
+// else the output has comes from other steps.
+struct CopyArgs {
+  DType dtype;
+  void* output;       // [count, height, width, out_channels]
+  const void* input;  // [count, height, width, channels]
+  Images in;
+  int64_t out_channels, from, to, count;
+  Parallel parallel;
+};
+
 struct Step {
   // With everything that does not change from run to run.
   std::variant<ConvArgs, PointwiseConvArgs, DepthwiseConvArgs, MBConvArgs, SqueezeExciteArgs,
-               SiluArgs, BatchNormActArgs>
+               SiluArgs, BatchNormActArgs, CopyArgs>
       args;
   int64_t input, residual, output, mean;
 };
@@ -54,12 +67,25 @@ void call(const MBConvArgs& args) { mbconv_cpu(args); }
 void call(const SqueezeExciteArgs& args) { squeeze_excite_cpu(args); }
 void call(const SiluArgs& args) { silu_cpu(args); }
 void call(const BatchNormActArgs& args) { batch_norm_act_cpu(args); }
+void call(const CopyArgs& args) {
+  constexpr int64_t kPixels = 64;  // of a task
+  const int64_t size = args.dtype == DType::f32 ? 4 : 2, pixels = args.in.count * args.in.pixels();
+  const auto* input = static_cast<const char*>(args.input) + args.from * size;
+  auto* output = static_cast<char*>(args.output) + args.to * size;
+  parallel_for(args.parallel, ceil_div(pixels, kPixels), [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin * kPixels; p < min_of(pixels, end * kPixels); p++) {
+      std::memcpy(output + p * args.out_channels * size, input + p * args.in.channels * size,
+                  static_cast<size_t>(args.count * size));
+    }
+  });
+}
 
 void set_residual(ConvArgs& args, const void* residual) { args.epilogue.residual = residual; }
 void set_residual(PointwiseConvArgs& args, const void* residual) {
   args.epilogue.residual = residual;
 }
 void set_residual(BatchNormActArgs& args, const void* residual) { args.residual = residual; }
+void set_residual(SiluArgs& args, const void* residual) { args.residual = residual; }
 void set_residual(MBConvArgs& args, const void* residual) { args.project.residual = residual; }
 template <class Args>
 void set_residual(Args&, const void* residual) {
@@ -234,6 +260,21 @@ class Program {
         args.weight = floats("weight", weight(2), in.channels);
         args.bias = floats("bias", weight(3), in.channels);
         args.activation = activation_of(activation(0));
+        result.args = args;
+        break;
+      }
+      case kCopy: {
+        check_same({in.height, in.width, out.channels, 0}, out);
+        const int64_t* channels = numbers + kGeometryAt;
+        CopyArgs args{};
+        args.out_channels = out.channels;
+        args.from = channels[0];
+        args.to = channels[1];
+        args.count = channels[2];
+        const bool fits = args.from >= 0 && args.to >= 0 && args.count >= 0 &&
+                          args.count <= in.channels - args.from &&
+                          args.count <= out.channels - args.to;
+        STD_TORCH_CHECK(fits, "effkernels_cpu: program: no such channels");
         result.args = args;
         break;
       }

@@ -1,4 +1,4 @@
-// silu: output[i] = activation(input[i]) for dense tensors of the same layout.
+// silu: output[i] = activation(input[i] + residual[i]) for dense tensors of the same layout.
 // silu_backward: input_gradient[i] = upstream[i] * activation'(input[i]).
 //
 // Moves every tensor once; about 20 operations a vector for silu (common/activation.h), so both
@@ -43,9 +43,12 @@ void over_values(T* output, int64_t size, Activation activation, const Parallel&
 template <class T>
 void run(const SiluArgs& args) {
   const T* input = static_cast<const T*>(args.input);
+  const T* residual = static_cast<const T*>(args.residual);
   over_values(static_cast<T*>(args.output), args.size, args.activation, args.parallel,
               [&](auto activation, auto&& load) EFFKERNELS_LAMBDA_INLINE {
-                return activate<decltype(activation)::value>(load(input));
+                Vec x = load(input);
+                if (residual != nullptr) x = x + load(residual);
+                return activate<decltype(activation)::value>(x);
               });
 }
 

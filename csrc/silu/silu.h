@@ -6,9 +6,10 @@
 namespace effkernels {
 
 struct SiluArgs {
-  DType dtype;        // of output and input
-  void* output;       // [size]
-  const void* input;  // [size]
+  DType dtype;           // of all tensors
+  void* output;          // [size]
+  const void* input;     // [size]
+  const void* residual;  // [size] or null
   int64_t size;
   Activation activation;
   Parallel parallel;

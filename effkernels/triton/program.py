@@ -15,12 +15,13 @@ from torch import Tensor
 
 from ..layout import output_size
 from ..native import IMAGE_CHANNELS, Packed, activation_codes, activation_names
-from ..program import Kind, Step, Value, inputs_of
+from ..program import Kind, Step, Value, inputs_of, outputs_of
 from . import can_run, function, interpreted
 
 __all__ = ["NAME", "Program", "can_run", "variant"]
 
 NAME = "triton"
+COPIES = False  # torch.cat is one launch for all parts
 
 _TAPS = (2, 3, 1, 0)  # axes of a depthwise weight: each tap's channels side by side
 
@@ -116,7 +117,7 @@ class Program:
 
     def __init__(self, steps: Sequence[Step], wanted: set[Value]) -> None:
         self.inputs = inputs_of(steps)
-        self.outputs = [value for step in steps for value in step.writes() if value in wanted]
+        self.outputs = outputs_of(steps, wanted)
         read = set(wanted).union(*(step.reads() for step in steps))
         # What is not read any more after a step is dropped there, so that its memory is used again.
         last = {value: i for i, step in enumerate(steps) for value in step.reads()}
@@ -193,7 +194,12 @@ def _make_run(step: Step, stored: bool) -> _Run:
             None,
         )
     silu = function("silu")
-    return lambda input, _: (silu(input, *names), None)
+
+    def run_silu(input: Tensor, residual: Tensor | None) -> tuple[Tensor | None, Any]:
+        total = input if residual is None else input + residual
+        return total if names == ["none"] else silu(total, *names), None
+
+    return run_silu
 
 
 def _geometry(step: Step) -> tuple[list[int], list[int], list[int]]:

@@ -374,7 +374,8 @@ void silu_cases(DType dtype) {
         want.push_back(activate(activation, value));
       }
       Tensor input(dtype, x), output(dtype, x.size());
-      const SiluArgs args{dtype, output.data(), input.data(), input.size(), activation, {}};
+      const SiluArgs args{dtype, output.data(), input.data(), nullptr, input.size(), activation,
+                          {}};
       const std::string what = "activation " + std::to_string(static_cast<int>(activation)) +
                                " of " + std::to_string(x.size()) +
                                (dtype == DType::f32 ? " f32" : " bf16");
@@ -385,6 +386,14 @@ void silu_cases(DType dtype) {
         want[i] = upstream[i] * slope(activation, points[i]);
       }
       Tensor point(dtype, points), above(dtype, upstream);
+      Values sums;
+      for (size_t i = 0; i < points.size(); i++) {
+        sums.push_back(activate(activation, points[i] + upstream[i]));
+      }
+      verify(
+          "silu", &Kernels::silu,
+          SiluArgs{dtype, output.data(), point.data(), above.data(), input.size(), activation, {}},
+          {{&output, sums, 1e-6, 1e-6}}, what + " with a residual");
       verify("silu_backward", &Kernels::silu_backward,
              SiluBackwardArgs{
                  dtype, output.data(), above.data(), point.data(), input.size(), activation, {}},
