@@ -64,12 +64,12 @@ def _block(container: Any, residual: Any, drop_path: float = 0.0) -> Block | Non
             squeeze = modules.pop(0)
         if len(modules) < 2:
             return None
-        conv, norm, *modules = modules
+        conv, norm = modules.pop(0), modules.pop(0)
         if not isinstance(conv, nn.Conv2d) or type(norm) is not nn.BatchNorm2d:
             return None
         activation: nn.Module = NO_ACTIVATION
         if modules and activation_name(modules[0]) is not None:
-            activation, *modules = modules
+            activation = modules.pop(0)
         stages.append(ConvNorm(conv, norm, activation))
     if len(stages) not in (2, 3):
         return None
