@@ -124,6 +124,7 @@ class _Simplifier:
                 and step.kind == Kind.SILU
                 and step.activations == _SIGMOID
                 and step.input is input
+                and step.residual is None
                 and self._readers[factor] == 1
                 and factor not in self._outputs
             ):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import random
 import subprocess
 import sys
 import threading
@@ -592,6 +593,8 @@ def test_additions() -> None:
     check(lambda x: (depthwise(x) + x).relu(), {"depthwise_conv": 1, "silu": 1})
     check(lambda x: a(x) + a(x).relu() + x, {"conv": 2, "silu": 2})
     check(lambda x: (x + x).relu(), {"silu": 1})
+    # no SiLU: the sigmoid is of something else
+    check(lambda x: x * torch.sigmoid(x + x.relu()), {"silu": 2, "aten::mul": 1})
     check(lambda x: [y := depthwise(x) + x, y.relu()], {"depthwise_conv": 1, "silu": 2})
     check(lambda x: depthwise(x).add_(x).mul(2.0), {"depthwise_conv": 1, "silu": 1, "aten::mul": 1})
     check(lambda x: torch.add(x, a(x), alpha=2.0), {"conv": 1, "aten::add": 1})
@@ -705,6 +708,63 @@ def test_memory_of_a_program_is_shared_but_never_while_needed() -> None:
         due, replay = tangled(x), record(tangled, x)[1]
         assert replay is not None and replay.any_batch
         torch.testing.assert_close(replay(x), due, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(30))
+@torch.no_grad()
+def test_tangles_of_everything(seed: int) -> None:
+    """Random networks of all that steps are made of, whose values are read here and there."""
+    torch.manual_seed(seed)
+    draw = random.Random(seed)
+    chosen = [draw.randrange(len(MOVES)) for _ in range(14)]
+    layers = {
+        "conv": conv(),
+        "depthwise": conv(groups=8),
+        "grouped": nn.Conv2d(8, 8, 3, padding=1, groups=4),
+        "point": nn.Conv2d(8, 8, 1),
+        "norm": norm(),
+        "gate": torchvision.ops.SqueezeExcitation(8, 4),
+    }
+    picks = [draw.random() for _ in chosen]
+
+    def tangle(x: Tensor) -> list[Tensor]:
+        values = [x]
+        for move, pick in zip(chosen, picks, strict=True):
+            # the last one more often than not, as in real networks
+            other = values[int(pick * len(values))]
+            one = values[-1] if pick < 0.7 else other
+            values.append(MOVES[move](layers, one, other))
+        return [values[-1], values[len(values) // 2]]
+
+    x = torch.randn(2, 8, 7, 6)
+    due, replay = tangle(x), record(tangle, x)[1]
+    assert replay is not None
+    for got, expected in zip(replay(x), due, strict=True):
+        torch.testing.assert_close(
+            got, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())
+        )
+
+
+Layers = dict[str, nn.Module]
+MOVES: list[Callable[[Layers, Tensor, Tensor], Tensor]] = [
+    lambda layers, x, _: layers["conv"](x),
+    lambda layers, x, _: layers["depthwise"](x),
+    lambda layers, x, _: layers["grouped"](x),
+    lambda layers, x, _: layers["point"](x),
+    lambda layers, x, _: layers["norm"](x),
+    lambda layers, x, _: layers["gate"](x),
+    lambda layers, x, _: nn.functional.silu(x),
+    lambda layers, x, _: x * x.sigmoid(),
+    lambda layers, x, y: x * y.sigmoid(),
+    lambda layers, x, _: x.relu(),
+    lambda layers, x, y: x + y,
+    lambda layers, x, y: y + x,
+    lambda layers, x, y: torch.cat([x[:, 4:], y[:, :4]], 1),
+    lambda layers, x, y: layers["norm"](torch.cat([x, y], 1)[:, 3:11]),
+    lambda layers, x, _: torch.cat(layers["point"](x).split([2, 6], 1)[::-1], 1).relu(),
+    lambda layers, x, y: x * layers["gate"].fc2(layers["gate"].fc1(y.mean((2, 3), True))).sigmoid(),
+    lambda layers, x, y: x + y.mean((2, 3), keepdim=True),
+]
 
 
 def test_programs_are_freed_and_check_their_arguments() -> None:
