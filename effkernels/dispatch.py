@@ -43,8 +43,8 @@ AUTO_ORDER = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "refe
 DEFAULT_ORDER = ("reference",)
 
 _choice: ContextVar[str | None] = ContextVar("effkernels_backend", default=None)
-# The same for torch.compile, which before 2.14 cannot read a ContextVar: it compiles anew when this
-# changes. Threads that ask for different backends at once may see each other's here.
+# The same for torch.compile, which in 2.10 and 2.11 cannot read a ContextVar: it compiles anew when
+# this changes. Threads that ask for different backends at once may see each other's here.
 _compiled_choice: str | None = None
 _logged: set[tuple[str, str, str]] = set()
 
