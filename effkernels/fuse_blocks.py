@@ -116,29 +116,31 @@ def _match(
 
 
 def _match_gate(
-    scaling: Call, producers: dict[Value, Any], readers: Counter[Value], kernels: Any
+    call: Call, producers: dict[Value, Any], readers: Counter[Value], kernels: Any
 ) -> tuple[Any, _Gate | None]:
-    """The depthwise convolution and the gate that ``scaling`` multiplies, (None, None) if not."""
-    image, mean, gate = _match_scaling(scaling, producers, readers, kernels)
-    depthwise = None if image is None else producers.get(image.root())
-    if not _is(depthwise, Kind.DEPTHWISE_CONV) or depthwise.mean is None:
+    """The depthwise convolution and the gate that ``call`` multiplies, (None, None) if not."""
+    scaling = _match_scaling(call, producers, readers)
+    depthwise = None if scaling is None else producers.get(scaling.image.root())
+    if scaling is None or not _is(depthwise, Kind.DEPTHWISE_CONV):
         return None, None
-    read_once = (depthwise.mean, depthwise.output, scaling.outputs[0])
-    own = depthwise.mean is mean and all(value and readers[value] == 1 for value in read_once)
-    return (depthwise, gate) if own else (None, None)
+    read_once = (scaling.mean, depthwise.output, scaling.output)
+    if depthwise.mean is not scaling.mean or any(readers[value] != 1 for value in read_once):
+        return None, None
+    return depthwise, _pack_gate(scaling, kernels)
 
 
 def _match_squeeze_excite(
-    scaling: Call, producers: dict[Value, Any], readers: Counter[Value], kernels: Any
+    call: Call, producers: dict[Value, Any], readers: Counter[Value], kernels: Any
 ) -> _Block | None:
-    """Squeeze-and-excitation that ``scaling`` ends, behind whatever made its image."""
-    image, mean, gate = _match_scaling(scaling, producers, readers, kernels)
-    output = scaling.outputs[0]
-    if image is None or mean is None or gate is None or output is None or readers[mean] != 1:
+    """Squeeze-and-excitation that ``call`` ends, behind whatever made its image."""
+    scaling = _match_scaling(call, producers, readers)
+    if scaling is None or readers[scaling.mean] != 1:
         return None
-    if image.base is not None or image.dtype != output.dtype:
+    image, mean, output = scaling.image, scaling.mean, scaling.output
+    before = producers.get(mean)
+    if before is None or image.base is not None or image.dtype != output.dtype:
         return None
-    parts, before = list(gate.parts), producers[mean]
+    parts: list[Step | Call] = [call, scaling.reduce, scaling.expand]
     if isinstance(before, Step):
         if before.output is not image or before.mean is not mean:
             return None
@@ -150,34 +152,49 @@ def _match_squeeze_excite(
         if sorted(axis % 4 for axis in axes) != [2, 3]:
             return None
         parts.append(before)
+    gate = _pack_gate(scaling, kernels)
     step = Step(Kind.SQUEEZE_EXCITE, image, output, gate.weights, gate.activations)
     return _Block(step, parts)
 
 
+class _Scaling(NamedTuple):
+    """A product of an image and factors that come from means over pixels."""
+
+    call: Call
+    image: Value
+    output: Value
+    mean: Value
+    reduce: Step
+    expand: Step
+
+
 def _match_scaling(
-    scaling: Call, producers: dict[Value, Any], readers: Counter[Value], kernels: Any
-) -> tuple[Value | None, Value | None, _Gate | None]:
-    """What ``scaling`` multiplies, the means that the factors come from and how; or nothing."""
-    nothing = (None, None, None)
-    args, kwargs = scaling.arguments
-    if scaling.function is not aten.mul.Tensor or kwargs or len(args) != 2:
-        return nothing
-    output = scaling.outputs[0]
+    call: Call, producers: dict[Value, Any], readers: Counter[Value]
+) -> _Scaling | None:
+    args, kwargs = call.arguments
+    if call.function is not aten.mul.Tensor or kwargs or len(args) != 2:
+        return None
+    output = call.outputs[0]
     if not all(isinstance(arg, Value) for arg in args) or output is None:
-        return nothing
+        return None
     image, factor = args if args[0].shape == output.shape else args[::-1]
     if len(image.shape) != 4 or factor.shape != (*image.shape[:2], 1, 1):
-        return nothing
+        return None
     expand = producers.get(factor.root())
     if not _is_dense_on_vectors(expand, readers):
-        return nothing
+        return None
     reduce = producers.get(expand.input.root())
     if not _is_dense_on_vectors(reduce, readers):
-        return nothing
+        return None
+    return _Scaling(call, image, output, reduce.input.root(), reduce, expand)
+
+
+def _pack_gate(scaling: _Scaling, kernels: Any) -> _Gate:
+    reduce, expand = scaling.reduce, scaling.expand
     matrices = kernels.pack_gate(_matrix(reduce), _matrix(expand))
     weights = (matrices[0], reduce.weights[2], matrices[1], expand.weights[2])
     activations = [*reduce.activations, *expand.activations]
-    return image, reduce.input.root(), _Gate(weights, activations, [scaling, reduce, expand])
+    return _Gate(weights, activations, [scaling.call, reduce, expand])
 
 
 def _is(step: Any, kind: Kind) -> TypeGuard[Step]:

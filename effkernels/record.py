@@ -350,9 +350,8 @@ class _Notes:
             return False
         if not one.dtype == other.dtype == output.dtype:
             return False
-        step = Step(Kind.SILU, one, self._new(output), (), activation_codes(["none"]))
-        step.residual = other
-        self.steps.append(step)
+        codes = activation_codes(["none"])
+        self.steps.append(Step(Kind.SILU, one, self._new(output), (), codes, residual=other))
         return True
 
     def _note_cat(self, tensors: list[Tensor], dim: int = 0, *, output: Tensor) -> bool:
@@ -404,9 +403,8 @@ class _Notes:
         return True
 
     def _note_copy(self, input: Value, output: Value, start: int, to: int, count: int) -> None:
-        step = Step(Kind.COPY, input, output, (), activation_codes(["none"]))
-        step.geometry = [start, to, count, 0, 0, 0, 0, 0]
-        self.steps.append(step)
+        geometry = [start, to, count, 0, 0, 0, 0, 0]
+        self.steps.append(Step(Kind.COPY, input, output, (), activation_codes(["none"]), geometry))
 
     def _note_linear(self, args: tuple[Any, ...], result: Tensor) -> bool:
         """addmm(bias, x, weight transposed) as a product over the channels of one pixel."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +46,6 @@ class _Simplifier:
         kept: list[Step | Call] = []
         for position, original in enumerate(self._steps):
             step = self._as_silu(original) if isinstance(original, Call) else original
-            producer: Step | Call | None
             self._order[id(step)] = position
             if isinstance(step, Step):
                 if step.kind in _CONVOLUTIONS:
@@ -56,7 +54,7 @@ class _Simplifier:
                     self._copies.setdefault(step.output, []).append(step)
                 producer = self._absorb_step(step)
             else:
-                producer = self._absorb_call(step)
+                producer = self._absorb_mean(step)
             for value in step.writes():
                 self._producers[value] = step if producer is None else producer
             if producer is None:
@@ -143,13 +141,6 @@ class _Simplifier:
             part.activations = step.activations
         return self._rename(step.input, parts, step.output) if parts else None
 
-    def _absorb_call(self, call: Call) -> Step | Call | None:
-        """The step that does the work of ``call`` from now on."""
-        (args, kwargs), function = call.arguments, call.function
-        if function is aten.mean.dim and (len(args) < 3 or args[2] in (True, False)):
-            return None if kwargs else self._absorb_mean(call, *args[:2])
-        return None
-
     def _absorb_batch_norm(self, norm: Step) -> Step | Call | None:
         if norm.residual is not None:
             return None
@@ -199,7 +190,13 @@ class _Simplifier:
                 return step
         return None
 
-    def _absorb_mean(self, call: Call, input: Any, axes: Any) -> Step | None:
+    def _absorb_mean(self, call: Call) -> Step | None:
+        args, kwargs = call.arguments
+        if call.function is not aten.mean.dim or kwargs:
+            return None
+        if len(args) >= 3 and args[2] not in (True, False):
+            return None
+        input, axes, *_ = args
         output = call.outputs[0]
         if not isinstance(input, Value) or len(input.shape) != 4 or output is None:
             return None

@@ -327,7 +327,7 @@ class Campaign:
             found[tool] = {"task": tool, **row}
             self.say(f"sanitizer: {tool}: {sanitizer.in_short(row)}")
             for text in row["reports"]:
-                self.say(f"    {text.partition(chr(10))[0]}")
+                self.say(f"    {text.splitlines()[0]}")
         file.rows = [found[tool] for tool in sanitizer.TOOLS if tool in found]
         file.failures = {row["task"]: row["reason"] for row in file.rows if row["ok"] is False}
         ended = {row["task"] for row in file.rows if row["ok"] is not None}

@@ -34,6 +34,8 @@ enum Kind : int64_t {
   kCopy
 };
 
+int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
 struct Value {
   int64_t height, width, channels, place;
   int64_t size() const { return height * width * channels; }
@@ -69,7 +71,7 @@ void call(const SiluArgs& args) { silu_cpu(args); }
 void call(const BatchNormActArgs& args) { batch_norm_act_cpu(args); }
 void call(const CopyArgs& args) {
   constexpr int64_t kPixels = 64;  // of a task
-  const int64_t size = args.dtype == DType::f32 ? 4 : 2, pixels = args.in.count * args.in.pixels();
+  const int64_t size = size_of(args.dtype), pixels = args.in.count * args.in.pixels();
   const auto* input = static_cast<const char*>(args.input) + args.from * size;
   auto* output = static_cast<char*>(args.output) + args.to * size;
   parallel_for(args.parallel, ceil_div(pixels, kPixels), [&](int64_t begin, int64_t end) {
@@ -130,7 +132,7 @@ class Program {
       STD_TORCH_CHECK(dtype_of(tensor) == dtype_, "effkernels_cpu: program: another dtype");
       check_size("program's tensor", tensor, count * value.size());
     }
-    const int64_t size = dtype_ == DType::f32 ? 4 : 2;
+    const int64_t size = size_of(dtype_);
     char* arena = reinterpret_cast<char*>(
         scratch(ScratchUse::kProgram, static_cast<size_t>(ceil_div(count * arena_ * size, 4))));
     const auto data = [&](int64_t index) -> void* {

@@ -31,10 +31,10 @@ def accelerate(model: Model) -> Model:
     Blocks and networks of torchvision, timm, ``efficientnet_pytorch`` and
     ``efficientnet_lite_pytorch`` are recognised by their exact class and get a subclass of it as
     their class, in place. Nothing else about them changes: parameters, state dict, hooks, copies,
-    pickles, ``isinstance`` are as before. In evaluation without gradients a recognised module is
-    one native call where possible; in training an inverted residual is one op where possible, and
-    elsewhere BatchNorm with its activation. Whatever is not recognised runs as before. This
-    library's own models need no acceleration.
+    pickles, ``isinstance`` are as before. In evaluation without gradients a recognised block or
+    network is one native call where possible; in training an inverted residual is one op where
+    possible, and elsewhere BatchNorm with its activation. Whatever is not recognised runs as
+    before. This library's own models need no acceleration.
 
     Args:
         model: any module.
